@@ -1,0 +1,133 @@
+"""Verification of draft trees: follow the target's draws from the root.
+
+The target draws one token at every row of the tree. From the root, walk to the child that equals
+the draw at the current node, until no child does; the last draw is the bonus token. The result has
+exactly the target's distribution, for any tree, because the draws never depend on the tree.
+
+Shape letters: L rows with logits, B requests of the batch, S request slots, N drafted nodes.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Walk(NamedTuple):
+    """Accepted path of each request. Entries past its length are 0."""
+
+    # [B, max_path] int32: rows of the tree, the root (row 0) first
+    path: torch.Tensor
+    # [B, max_path] int64: the target's draw at each of those rows; the last is the bonus token
+    tokens: torch.Tensor
+    # [B] int32: length of the path, root included = number of new tokens
+    num_accepted: torch.Tensor
+
+
+def verify_tree(tokens: Sequence[int], parents: Sequence[int], sampled: Sequence[int]) -> list[int]:
+    """Accepted rows of one tree, root first: the specification of `walk_tree`.
+
+    ``tokens[c - 1]`` is the token of row ``c``, ``parents[c]`` its parent's row, ``sampled[c]`` the
+    target's draw there.
+    """
+    path = [0]
+    while True:
+        here = path[-1]
+        matching = (
+            c
+            for c in range(1, len(parents))
+            if parents[c] == here and tokens[c - 1] == sampled[here]
+        )
+        child = next(matching, None)
+        if child is None:
+            return path
+        path.append(child)
+
+
+def walk_tree_reference(
+    # [L] int64
+    sampled: torch.Tensor,
+    # [B + 1] int32
+    cu_num_logits: torch.Tensor,
+    # [B] int64
+    idx_mapping: torch.Tensor,
+    # [S, N] int64
+    tokens: torch.Tensor,
+    # [S, 1 + N] int32
+    parents: torch.Tensor,
+    # [S] int32
+    num_nodes: torch.Tensor,
+    # [S] int32
+    spine_len: torch.Tensor,
+    # [S] bool
+    spine_only: torch.Tensor,
+    # [L] bool
+    invalid: torch.Tensor | None,
+    max_path: int,
+) -> Walk:
+    """`walk_tree` with torch, all requests in step."""
+    slots = idx_mapping.long()
+    first = cu_num_logits[:-1].long()
+    num_rows = cu_num_logits[1:].long() - first
+    rows = torch.arange(1, parents.shape[1], device=sampled.device)
+    limit = torch.minimum(num_rows - 1, num_nodes[slots].long())
+    limit = torch.where(spine_only[slots], torch.minimum(limit, spine_len[slots].long()), limit)
+    open_ = rows <= limit.unsqueeze(1)
+    last = len(sampled) - 1
+    if invalid is not None:
+        open_ &= ~invalid[(first.unsqueeze(1) + rows).clamp(max=last)]
+    node_tokens, node_parents = tokens[slots], parents[slots, 1:]
+
+    here = torch.zeros_like(first)
+    alive = num_rows > 0
+    path, drawn = [], []
+    for _ in range(max_path):
+        draw = torch.where(alive, sampled[(first + here).clamp(max=last)], 0)
+        path.append(here)
+        drawn.append(draw)
+        matching = open_ & (node_parents == here.unsqueeze(1)) & (node_tokens == draw.unsqueeze(1))
+        alive &= matching.any(1)
+        here = torch.where(alive, matching.int().argmax(1) + 1, 0)
+    path = torch.stack(path, dim=1).int()
+    return Walk(path, torch.stack(drawn, dim=1), (num_rows > 0).int() + (path > 0).sum(1).int())
+
+
+def walk_tree(
+    # [L] int64
+    sampled: torch.Tensor,
+    # [B + 1] int32
+    cu_num_logits: torch.Tensor,
+    # [B] int64
+    idx_mapping: torch.Tensor,
+    # [S, N] int64
+    tokens: torch.Tensor,
+    # [S, 1 + N] int32
+    parents: torch.Tensor,
+    # [S] int32
+    num_nodes: torch.Tensor,
+    # [S] int32
+    spine_len: torch.Tensor,
+    # [S] bool
+    spine_only: torch.Tensor,
+    # [L] bool
+    invalid: torch.Tensor | None,
+    max_path: int,
+) -> Walk:
+    """Walk every request's tree along the target's draws.
+
+    Args:
+        sampled: The target's draw at every row with logits.
+        cu_num_logits: Where each request's rows begin; the first is the root's, and there may be
+            fewer than ``1 + N`` (the scheduler trims trees). One row: no tree.
+        idx_mapping: Slot of each request.
+        tokens, parents: Trees by slot; row ``c`` has token ``tokens[slot, c - 1]``.
+        num_nodes: Valid nodes of the slot's tree, 0 = none.
+        spine_len, spine_only: Rows ``1 .. spine_len`` are the spine; a ``spine_only`` request
+            accepts no other row.
+        invalid: Rows that must not be accepted.
+        max_path: Longest path, root included.
+    """
+    return walk_tree_reference(
+        sampled, cu_num_logits, idx_mapping, tokens, parents,
+        num_nodes, spine_len, spine_only, invalid, max_path,
+    )  # fmt: skip
