@@ -1,0 +1,218 @@
+"""Draft checkpoints on disk or on the hub: find files, list tensors, refuse what does not fit.
+
+A folder holds `config.json` and one of `model.safetensors`, `pytorch_model.bin`, or either in
+shards with an index. Nothing here imports vLLM, so that a checkpoint can be checked anywhere.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from vllm_griffin.model.config import (
+    CheckpointError,
+    DraftConfig,
+    read_json,
+    tree_defaults,
+)
+from vllm_griffin.model.files import TensorInfo, read_tensors, scan_tensors
+from vllm_griffin.model.layout import DraftLayout, Shape, expected_shapes
+
+__all__ = [
+    "CheckpointError",
+    "DraftCheckpoint",
+    "DraftConfig",
+    "DraftLayout",
+    "TensorInfo",
+    "expected_shapes",
+    "tree_defaults",
+]
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+# Old Hugging Face checkpoints carry this buffer; it follows from the config.
+IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+MAX_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class DraftCheckpoint:
+    """An opened checkpoint: its config, and its tensors without their data.
+
+    Attributes:
+        folder: Where the files are.
+        source: The weight file, or the index of the shards.
+        raw_config: `config.json` as it is.
+        config: What the network needs of it.
+        tensors: key -> shape, dtype and file.
+    """
+
+    folder: Path
+    source: Path
+    raw_config: dict[str, Any]
+    config: DraftConfig
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(
+        cls, path: str | Path, revision: str | None = None, cache_dir: str | None = None
+    ) -> "DraftCheckpoint":
+        """Open a local folder, or download a repository of the Hugging Face hub.
+
+        Args:
+            path: A folder, or a hub id such as `husj576/GRIFFIN-llama3-instruct-8B`.
+            revision: Branch, tag or commit on the hub; ignored for a folder.
+            cache_dir: Where downloads go; the hub's own default if None.
+
+        Raises:
+            CheckpointError: Not found, or a file is missing, damaged or malformed.
+        """
+        folder = _find_folder(path, revision, cache_dir)
+        file = folder / "config.json"
+        raw = read_json(file)
+        config = DraftConfig.from_dict(raw, str(file))
+        source = _find_weights(folder)
+        tensors = {key: t for key, t in _list_tensors(source).items() if not IGNORED.fullmatch(key)}
+        return cls(folder, source, raw, config, tensors)
+
+    @cached_property
+    def layout(self) -> DraftLayout:
+        """Which network the tensors make."""
+        shapes = {key: info.shape for key, info in self.tensors.items()}
+        return DraftLayout.detect(shapes, self.config)
+
+    def expected_shapes(self) -> dict[str, Shape]:
+        """The keys this checkpoint must have, with their shapes."""
+        return expected_shapes(self.config, self.layout)
+
+    def validate(self) -> DraftLayout:
+        """Compare every tensor with what the layout needs.
+
+        Raises:
+            CheckpointError: One error that lists the problems: missing key, extra key, wrong shape
+                or dtype.
+        """
+        problems = list(self._problems())
+        if problems:
+            more = len(problems) - MAX_PROBLEMS
+            lines = problems[:MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
+            raise CheckpointError("\n".join(lines))
+        return self.layout
+
+    def _problems(self) -> Iterator[str]:
+        expected, name = self.expected_shapes(), self.layout.name
+        if not {"fc.fc.weight", "fc.weight"} & self.tensors.keys():
+            yield (
+                f"{self.source}: missing key `fc.fc.weight` (GRIFFIN) or `fc.weight` (EAGLE): "
+                "this is not a draft of either layout"
+            )
+        for key, shape in expected.items():
+            info = self.tensors.get(key)
+            if info is None:
+                yield f"{self.source}: missing key `{key}` of shape {list(shape)} ({name} layout)"
+            elif info.shape != shape:
+                yield (
+                    f"{info.file}: `{key}` has shape {list(info.shape)}, expected {list(shape)} "
+                    f"({name} layout)"
+                )
+            elif info.dtype not in FLOATS:
+                yield f"{info.file}: `{key}` is {info.dtype}, expected one of {', '.join(FLOATS)}"
+        for key in self.tensors.keys() - expected.keys():
+            yield f"{self.tensors[key].file}: unexpected key `{key}` ({name} layout)"
+
+    def check_target(self, hidden_size: int, vocab_size: int) -> None:
+        """Refuse a draft for another target; see `DraftConfig.check_target`."""
+        self.config.check_target(hidden_size, vocab_size)
+
+    def tree_defaults(self) -> dict[str, int]:
+        """Tree settings this draft recommends; see `tree_defaults`."""
+        return tree_defaults(self.raw_config, self.config.source)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every (key, tensor), file by file, on the CPU and in the file's own dtype."""
+        for file in sorted({info.file for info in self.tensors.values()}):
+            keys = [key for key, info in self.tensors.items() if info.file == file]
+            yield from read_tensors(file, keys)
+
+
+def _find_folder(path: str | Path, revision: str | None, cache_dir: str | None) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{path}: a draft is a folder (or a hub id), this is a file")
+    if isinstance(path, Path) or not HUB_ID.fullmatch(path):
+        raise CheckpointError(f"{path}: no such folder")
+    return _download(path, revision, cache_dir)
+
+
+def _download(repo: str, revision: str | None, cache_dir: str | None) -> Path:
+    """Fetch config and weights, `.bin` files only where there are no safetensors."""
+    from huggingface_hub import snapshot_download
+
+    folder = ""
+    try:
+        for suffix in ("safetensors", "bin"):
+            folder = snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=["config.json", f"*.{suffix}", f"*.{suffix}.index.json"],
+            )
+            if any(Path(folder).glob(f"*.{suffix}")):
+                break
+    # Network, permission, unknown repository and offline mode all raise different types.
+    except Exception as error:
+        raise CheckpointError(
+            f"{repo}: no such folder, and it could not be downloaded from the Hugging Face hub "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+        ) from error
+    return Path(folder)
+
+
+def _find_weights(folder: Path) -> Path:
+    for name in WEIGHT_FILES:
+        for file in (folder / name, folder / f"{name}.index.json"):
+            if file.is_file():
+                return file
+    raise CheckpointError(
+        f"{folder}: no weights, expected one of {', '.join(WEIGHT_FILES)} or their .index.json"
+    )
+
+
+def _list_tensors(source: Path) -> dict[str, TensorInfo]:
+    if source.suffix != ".json":
+        return scan_tensors(source)
+    weight_map = _read_index(source)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        file = source.parent / shard
+        if not file.is_file():
+            raise CheckpointError(f"{source}: names the shard {shard}, which is missing ({file})")
+        tensors |= {
+            k: t for k, t in scan_tensors(file).items() if weight_map.get(k, shard) == shard
+        }
+    for key, shard in weight_map.items():
+        if key not in tensors:
+            raise CheckpointError(f"{source}: says `{key}` is in {shard}, where it is not")
+    return tensors
+
+
+def _read_index(source: Path) -> dict[str, str]:
+    """key -> shard. A shard must lie in the folder: an index comes from a stranger."""
+    weight_map = read_json(source).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{source}: has no `weight_map` from keys to shards")
+    suffix = Path(source.name.removesuffix(".index.json")).suffix
+    for key, shard in weight_map.items():
+        path = PurePosixPath(shard) if isinstance(shard, str) else None
+        if path is None or path.is_absolute() or ".." in path.parts or "\\" in str(path):
+            raise CheckpointError(f"{source}: `{key}` is in {shard!r}, which is outside the folder")
+        if path.suffix != suffix:
+            raise CheckpointError(f"{source}: `{key}` is in {shard!r}, expected a {suffix} file")
+    return weight_map

@@ -1,0 +1,196 @@
+"""What the draft network needs of a checkpoint's `config.json`, checked once, here."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Rope types that vLLM's `get_rope` computes as Hugging Face does, with the fields each one needs.
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+TREE_FIELDS = ("num_speculative_tokens", "tree_depth", "tree_top_k")
+
+
+class CheckpointError(ValueError):
+    """A draft checkpoint cannot be used; the message names the file and the key, if any."""
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Shape of a draft network. `source` is the file it came from, for error messages."""
+
+    source: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any]
+    architectures: tuple[str, ...]
+    qkv_bias: bool
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str) -> "DraftConfig":
+        """Read a `config.json`, or `to_dict()` of a Hugging Face config, old or new rope fields.
+
+        Raises:
+            CheckpointError: A field is missing, is wrong, or asks for what is not supported.
+        """
+        field = _Fields(raw, source)
+        heads = field.positive("num_attention_heads")
+        kv_heads = field.positive("num_key_value_heads", heads)
+        hidden = field.positive("hidden_size")
+        field.require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of {heads}")
+        head_dim = field.positive("head_dim", hidden // heads or None)
+        if raw.get("head_dim") is None:
+            field.require(hidden % heads == 0, "hidden_size", f"a multiple of {heads} heads")
+        field.require(head_dim % 2 == 0, "head_dim", "an even number (rotary embedding)")
+        layers = field.positive("num_hidden_layers")
+        field.require(layers == 1, "num_hidden_layers", "1 (a draft has one decoder layer)")
+        field.require(raw.get("hidden_act", "silu") == "silu", "hidden_act", "'silu'")
+        window = raw.get("sliding_window") and raw.get("use_sliding_window", True)
+        field.require(not window, "sliding_window", "none (drafts attend to their whole context)")
+        return cls(
+            source=source,
+            vocab_size=field.positive("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=field.positive("intermediate_size"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=field.epsilon("rms_norm_eps", 1e-6),
+            max_position_embeddings=field.positive("max_position_embeddings", 2048),
+            rope_parameters=_rope_parameters(raw, field),
+            architectures=_architectures(raw),
+            qkv_bias=bool(raw.get("qkv_bias", False)),
+        )
+
+    def check_target(self, hidden_size: int, vocab_size: int) -> None:
+        """Refuse a draft that was made for a target of another width or vocabulary.
+
+        Raises:
+            CheckpointError: Names the config file and both values.
+        """
+        for name, target in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+            own = getattr(self, name)
+            if own != target:
+                raise CheckpointError(
+                    f"{self.source}: `{name}` is {own}, but the target model's is {target}: "
+                    "this draft was made for another target"
+                )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: Missing, unreadable, or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def tree_defaults(config: Mapping[str, Any], source: str = "config.json") -> dict[str, int]:
+    """Tree settings a draft recommends in the optional `"tree"` entry of its `config.json`.
+
+    Returns:
+        Some of `num_speculative_tokens`, `tree_depth`, `tree_top_k`; empty without the entry.
+
+    Raises:
+        CheckpointError: Not an object, an unknown setting, or not a positive integer.
+    """
+    tree = config.get("tree")
+    if tree is None:
+        return {}
+    if not isinstance(tree, Mapping):
+        raise CheckpointError(f"{source}: `tree` must be an object, found {tree!r}")
+    for name in tree:
+        if name not in TREE_FIELDS:
+            known = ", ".join(TREE_FIELDS)
+            raise CheckpointError(f"{source}: `tree.{name}` is not known (known: {known})")
+    return {name: _Fields(tree, source, "tree.").positive(name) for name in tree}
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Typed access to one mapping; every complaint names the file and the field."""
+
+    raw: Mapping[str, Any]
+    source: str
+    prefix: str = ""
+
+    def require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            found = f"found {self.raw[name]!r}" if name in self.raw else "it is missing"
+            raise CheckpointError(
+                f"{self.source}: `{self.prefix}{name}` must be {expected}, {found}"
+            )
+
+    def positive(self, name: str, default: int | None = None) -> int:
+        value = self.raw.get(name)
+        value = default if value is None else value
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        self.require(whole, name, "a positive integer")
+        assert isinstance(value, int)
+        return value
+
+    def epsilon(self, name: str, default: float) -> float:
+        value = self.raw.get(name, default)
+        small = isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1
+        self.require(small, name, "a number between 0 and 1")
+        return float(value)
+
+
+def _rope_parameters(raw: Mapping[str, Any], field: _Fields) -> dict[str, Any]:
+    """The dict for `get_rope`: `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
+    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    given = raw.get(name) or {}
+    field.require(isinstance(given, Mapping), name, "an object")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ROPE_FIELDS:
+        raise CheckpointError(
+            f"{field.source}: `{name}` of type {kind!r} is not supported for a draft "
+            f"(supported: {', '.join(ROPE_FIELDS)})"
+        )
+    theta = given.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    rope = {**given, "rope_type": kind, "rope_theta": theta}
+    rope.pop("type", None)
+    for needed in ("rope_theta", *ROPE_FIELDS[kind]):
+        value = rope.get(needed)
+        if not isinstance(value, float | int) or isinstance(value, bool) or value <= 0:
+            raise CheckpointError(
+                f"{field.source}: rope type {kind!r} needs a positive `{needed}`, found {value!r}"
+            )
+    partial = rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise CheckpointError(
+            f"{field.source}: `partial_rotary_factor` {partial} is not supported for a draft"
+        )
+    return rope
+
+
+def _architectures(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """The file's own names; vLLM's `EAGLEConfig` renames them and keeps these in `model`."""
+    inner = raw.get("model")
+    names = (inner if isinstance(inner, Mapping) else raw).get("architectures")
+    return tuple(str(name) for name in names) if isinstance(names, list | tuple) else ()

@@ -1,0 +1,250 @@
+"""The draft model that vLLM runs: GRIFFIN, its ablations, and plain EAGLE drafts.
+
+Slot t holds the pair (feature f_t of the target after its final norm, token x_{t+1}), has RoPE
+position t, and predicts x_{t+2} (through `predict` and the target's LM head) and the next slot's
+feature (`regress`).
+
+Legend of shapes: T tokens, h hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.config.vllm import set_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.utils import (
+    get_draft_load_config,
+    process_weights_after_loading,
+)
+from vllm.model_executor.model_loader.weight_utils import (
+    default_weight_loader,
+    initialize_single_dummy_weight,
+)
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint
+from vllm_griffin.model.config import DraftConfig
+from vllm_griffin.model.layers import DraftLayer, PlainFusion, TokenGuidedFusion
+from vllm_griffin.model.layout import DraftLayout, expected_shapes
+from vllm_griffin.model.level import TreeLevel
+from vllm_griffin.model.target import target_parts
+
+logger = init_logger(__name__)
+
+PREFIX = "griffin_draft"
+# Checkpoint module -> (vLLM's stacked module, shard of it).
+STACKED: dict[str, tuple[str, str | int]] = {
+    "layers.0.self_attn.q_proj": ("layers.0.self_attn.qkv_proj", "q"),
+    "layers.0.self_attn.k_proj": ("layers.0.self_attn.qkv_proj", "k"),
+    "layers.0.self_attn.v_proj": ("layers.0.self_attn.qkv_proj", "v"),
+    "layers.0.mlp.gate_proj": ("layers.0.mlp.gate_up_proj", 0),
+    "layers.0.mlp.up_proj": ("layers.0.mlp.gate_up_proj", 1),
+}
+
+
+class GriffinDraftModel(nn.Module):
+    """One decoder layer over fused (embedding, feature) pairs; head and embedding are the target's.
+
+    Attributes:
+        config: Shape of the network.
+        layout: Which variant it is.
+        embed_tokens: The draft's own embedding, or the target's after `share_with_target`.
+        lm_head: The target's, after `share_with_target`.
+    """
+
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str = "", layout: DraftLayout | None = None
+    ) -> None:
+        """Build the network, without weights.
+
+        Args:
+            vllm_config: The engine's; `speculative_config.draft_model_config` says which draft.
+            prefix: Of the names that the layers register under; they must differ from the target's.
+            layout: Which variant; looked up in the checkpoint if None.
+
+        Raises:
+            CheckpointError: The draft's config asks for what is not supported.
+            ValueError: The draft cannot be split over the ranks, or is quantised.
+        """
+        super().__init__()
+        self.config = draft_config(vllm_config)
+        self.layout = layout or _find_layout(vllm_config, self.config)
+        _check_parallel(self.config)
+        # vLLM reads the layer's number off its name, so it must not be one of the target's.
+        number = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        prefix = prefix or PREFIX
+        self.embed_tokens: nn.Module | None = None
+        if self.layout.own_embedding:
+            self.embed_tokens = VocabParallelEmbedding(
+                self.config.vocab_size, self.config.hidden_size, prefix=f"{prefix}.embed_tokens"
+            )
+        self.fc = (
+            TokenGuidedFusion(self.config, f"{prefix}.fc")
+            if self.layout.fusion
+            else PlainFusion(self.config, self.layout.fc_bias, f"{prefix}.fc")
+        )
+        layer = DraftLayer(
+            self.config,
+            self.layout,
+            vllm_config.cache_config,
+            vllm_config.model_config.max_model_len,
+            f"{prefix}.layers.{number}",
+        )
+        self.layers = nn.ModuleList([layer])
+        self.lm_head: nn.Module | None = None
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        hidden_states: Tensor,
+        level: TreeLevel | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the draft over T slots.
+
+        Args:
+            input_ids: [T] int, the token after each feature.
+            positions: [T] int64, RoPE position of each slot (that of the feature).
+            hidden_states: [T, h] features: the target's after its final norm, or earlier `regress`.
+            level: Tree rows read their prefix from the paged cache and their tail from its scratch;
+                None is the ordinary causal pass, whose keys go into the paged cache.
+
+        Returns:
+            (predict, regress), each [T, h]: the first is for `compute_logits`, the second is the
+            feature of the next slot. Without a second head both are the same tensor.
+        """
+        assert self.embed_tokens is not None, "share_with_target comes first"
+        fused = self.fc.fuse(self.embed_tokens(input_ids), hidden_states)
+        return self.layers[0](positions, fused, level)
+
+    def compute_logits(self, predict: Tensor) -> Tensor | None:
+        """[T, h] -> [T, V] through the target's LM head; None where vLLM gathers no logits."""
+        bias = getattr(self.lm_head, "bias", None)
+        return self.logits_processor(self.lm_head, predict, bias)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a whole checkpoint; keys and shapes are those of `expected_shapes`.
+
+        Each parameter's own loader takes this rank's part.
+
+        Returns:
+            The keys that were loaded.
+
+        Raises:
+            CheckpointError: A key is unknown or missing.
+        """
+        params = dict(self.named_parameters())
+        loaded: set[str] = set()
+        for key, weight in weights:
+            module, _, leaf = key.rpartition(".")
+            stacked, shard = STACKED.get(module, (module, None))
+            param = params.get(f"{stacked}.{leaf}")
+            if param is None:
+                raise CheckpointError(f"{self.config.source}: unexpected key `{key}`")
+            loader = getattr(param, "weight_loader", default_weight_loader)
+            loader(param, weight, *(() if shard is None else (shard,)))
+            loaded.add(key)
+        missing = expected_shapes(self.config, self.layout).keys() - loaded
+        if missing:
+            raise CheckpointError(f"{self.config.source}: missing key `{min(missing)}`")
+        return loaded
+
+    def share_with_target(self, target_model: nn.Module) -> None:
+        """Take the target's LM head, and its embedding unless the draft brings a different one.
+
+        A copy of the target's embedding is dropped. Under tensor parallelism each rank compares its
+        own rows; where ranks decide differently the tokens still get the same vectors.
+
+        Raises:
+            TargetError: The target model has no such modules.
+        """
+        parts = target_parts(target_model)
+        self.lm_head = parts.lm_head
+        self.logits_processor.scale = parts.logit_scale
+        self.logits_processor.soft_cap = parts.logit_soft_cap
+        if self.embed_tokens is not None:
+            own, shared = self.embed_tokens.weight, getattr(parts.embedding, "weight", None)
+            if shared is None or own.dtype != shared.dtype or not torch.equal(own, shared):
+                logger.info("griffin: the draft keeps its own embedding, the target's differs")
+                return
+        self.embed_tokens = parts.embedding
+
+
+def load_draft_model(target_model: nn.Module, vllm_config: VllmConfig) -> GriffinDraftModel:
+    """Build the draft on the engine's device, load its checkpoint, share the target's modules.
+
+    With `load_format="dummy"` the weights are small random numbers, and the config decides the
+    layout.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or does not fit its layout or the target.
+        TargetError: The target model has nothing to share.
+    """
+    draft_model = vllm_config.speculative_config.draft_model_config
+    load_config = get_draft_load_config(vllm_config)
+    checkpoint = None
+    if load_config.load_format != "dummy":
+        checkpoint = DraftCheckpoint.open(
+            draft_model.model, draft_model.revision, load_config.download_dir
+        )
+    config = checkpoint.config if checkpoint else draft_config(vllm_config)
+    target = vllm_config.model_config
+    config.check_target(target.get_hidden_size(), target.get_vocab_size())
+    layout = checkpoint.validate() if checkpoint else DraftLayout.from_config(config)
+    device = torch.device(load_config.device or vllm_config.device_config.device)
+    # Features, LM head and KV cache are the target's, so its dtype is the draft's.
+    with set_default_torch_dtype(target.dtype):
+        with device, set_current_vllm_config(vllm_config, prefix=PREFIX):
+            draft = GriffinDraftModel(vllm_config=vllm_config, prefix=PREFIX, layout=layout)
+        if checkpoint:
+            draft.load_weights(checkpoint.weights())
+        else:
+            for param in draft.parameters():
+                initialize_single_dummy_weight(param)
+        process_weights_after_loading(draft, draft_model, device)
+    draft.share_with_target(target_model)
+    logger.info("griffin: loaded a %s draft from %s", layout.name, draft_model.model)
+    return draft.eval()
+
+
+def draft_config(vllm_config: VllmConfig) -> DraftConfig:
+    """Shape of the draft that an engine config names.
+
+    Raises:
+        CheckpointError: See `DraftConfig.from_dict`.
+        ValueError: The draft is to be quantised.
+    """
+    draft_model = vllm_config.speculative_config.draft_model_config
+    if draft_model.quantization is not None:
+        raise ValueError(
+            f"griffin does not support a quantised draft: {draft_model.model} has "
+            f"quantization={draft_model.quantization!r}"
+        )
+    return DraftConfig.from_dict(
+        draft_model.hf_config.to_dict(), f"{draft_model.model}/config.json"
+    )
+
+
+def _find_layout(vllm_config: VllmConfig, config: DraftConfig) -> DraftLayout:
+    draft_model = vllm_config.speculative_config.draft_model_config
+    load_config = get_draft_load_config(vllm_config)
+    if load_config.load_format == "dummy":
+        return DraftLayout.from_config(config)
+    return DraftCheckpoint.open(
+        draft_model.model, draft_model.revision, load_config.download_dir
+    ).layout
+
+
+def _check_parallel(config: DraftConfig) -> None:
+    ranks = get_tensor_model_parallel_world_size()
+    if config.intermediate_size % ranks:
+        raise ValueError(
+            f"{config.source}: intermediate_size {config.intermediate_size} cannot be split over "
+            f"tensor_parallel_size {ranks}"
+        )
