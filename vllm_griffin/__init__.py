@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 def register() -> None:
     """Entry point ``vllm.general_plugins``: makes ``"method": "griffin"`` known to vLLM."""
+    # Again, because vLLM swallows what a platform plugin raises.
+    cpu_platform()
     from vllm_griffin.compat import install
 
     install()

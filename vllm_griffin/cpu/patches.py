@@ -1,0 +1,164 @@
+"""The catalogue of what the CPU shim replaces in vLLM, and the import hook that does it.
+
+A replacement takes the original's place while the module that defines it is imported, so every
+module that imports it by name gets the replacement. Nothing else of vLLM is imported for it.
+"""
+
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+_logger = logging.getLogger("vllm.griffin.cpu")
+
+_FAILS = "fails in Triton's interpreter"
+_SLOW = "takes most of a step in Triton's interpreter"
+_UNTIL_TRITON_CPU = "triton-cpu is published, so that nothing is interpreted"
+_UNTIL_FIXED = "the kernel runs in the interpreter (a test tells), or triton-cpu is published"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced function or kernel of vLLM.
+
+    Attributes:
+        target: ``module:attribute`` in vLLM.
+        twin: ``module:attribute`` of the replacement, with the same parameters by name.
+        reason: why the original will not do.
+        until: the condition under which this entry can go.
+
+    """
+
+    target: str
+    twin: str
+    reason: str
+    until: str
+
+
+_GPU = "vllm.v1.worker.gpu"
+_TWINS = "vllm_griffin.cpu.twins"
+
+CATALOGUE = (
+    Patch(
+        f"{_GPU}.sample.gumbel:gumbel_sample",
+        f"{_TWINS}.gumbel:gumbel_sample",
+        _SLOW,
+        _UNTIL_TRITON_CPU,
+    ),
+    Patch(
+        f"{_GPU}.sample.gumbel:apply_temperature",
+        f"{_TWINS}.sampling:apply_temperature",
+        _SLOW,
+        _UNTIL_TRITON_CPU,
+    ),
+    Patch(
+        f"{_GPU}.sample.min_p:apply_min_p",
+        f"{_TWINS}.sampling:apply_min_p",
+        _SLOW,
+        _UNTIL_TRITON_CPU,
+    ),
+    Patch(
+        "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
+        f"{_TWINS}.sampling:apply_top_k_top_p",
+        _FAILS,
+        _UNTIL_FIXED,
+    ),
+    Patch(
+        f"{_GPU}.structured_outputs:_apply_grammar_bitmask_kernel",
+        f"{_TWINS}.grammar:_apply_grammar_bitmask_kernel",
+        _FAILS,
+        _UNTIL_FIXED,
+    ),
+    Patch(
+        f"{_GPU}.spec_decode.rejection_sampler_utils:rejection_sample",
+        f"{_TWINS}.rejection:rejection_sample",
+        _SLOW,
+        _UNTIL_TRITON_CPU,
+    ),
+)
+
+_originals: dict[str, Any] = {}
+_hook: "_ReplaceOnImport | None" = None
+
+
+def apply() -> None:
+    """Installs the catalogue in this process. Idempotent.
+
+    Raises:
+        RuntimeError: a module of the catalogue was imported before.
+
+    """
+    global _hook
+    if _hook is not None:
+        return
+    hook = _ReplaceOnImport(CATALOGUE)
+    early = sorted(hook.modules & sys.modules.keys())
+    if early:
+        raise RuntimeError(f"the CPU shim came too late: {early[0]} is imported already")
+    sys.meta_path.insert(0, hook)
+    _hook = hook
+
+
+def original(twin: str) -> Any:
+    """What vLLM had where ``twin`` (``module:attribute``) stands now."""
+    patch = next(patch for patch in CATALOGUE if patch.twin == twin)
+    importlib.import_module(patch.target.partition(":")[0])
+    return _originals[patch.target]
+
+
+class _ReplaceOnImport(MetaPathFinder):
+    def __init__(self, patches: Sequence[Patch]) -> None:
+        self._patches: dict[str, list[Patch]] = {}
+        for patch in patches:
+            self._patches.setdefault(patch.target.partition(":")[0], []).append(patch)
+        self.modules = self._patches.keys()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        patches = self._patches.get(fullname)
+        if patches is None:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute: Callable[[ModuleType], None] = spec.loader.exec_module
+
+        def execute_and_replace(module: ModuleType) -> None:
+            execute(module)
+            for patch in patches:
+                _replace(module, patch)
+
+        # On this one loader: it stays what tracebacks and inspect ask for the source.
+        setattr(spec.loader, "exec_module", execute_and_replace)  # noqa: B010
+        return spec
+
+
+def _replace(module: ModuleType, patch: Patch) -> None:
+    name = patch.target.partition(":")[2]
+    found = getattr(module, name, None)
+    twin_module, _, twin_name = patch.twin.partition(":")
+    twin = getattr(importlib.import_module(twin_module), twin_name)
+    if found is None or _parameters(found) != _parameters(twin):
+        raise RuntimeError(
+            f"the CPU shim knows {patch.target} of vLLM 0.32 with the parameters "
+            f"{', '.join(_parameters(twin))}; this vLLM's differs"
+        )
+    if hasattr(found, "arg_names"):
+        from vllm.triton_utils.dispatcher import KernelOverride
+
+        twin = KernelOverride(found, twin)
+    _originals[patch.target] = found
+    setattr(module, name, twin)
+    _logger.debug("replaced %s: it %s", patch.target, patch.reason)
+
+
+def _parameters(function: Any) -> list[str]:
+    names = getattr(function, "arg_names", None)
+    return list(inspect.signature(function).parameters) if names is None else list(names)
