@@ -42,21 +42,17 @@ MAX_PROBLEMS = 5
 
 @dataclass(frozen=True)
 class DraftCheckpoint:
-    """An opened checkpoint: its config, and its tensors without their data.
+    """An opened checkpoint. The weight files are looked at when something asks for them.
 
     Attributes:
         folder: Where the files are.
-        source: The weight file, or the index of the shards.
         raw_config: `config.json` as it is.
         config: What the network needs of it.
-        tensors: key -> shape, dtype and file.
     """
 
     folder: Path
-    source: Path
     raw_config: dict[str, Any]
     config: DraftConfig
-    tensors: dict[str, TensorInfo]
 
     @classmethod
     def open(
@@ -70,19 +66,48 @@ class DraftCheckpoint:
             cache_dir: Where downloads go; the hub's own default if None.
 
         Raises:
-            CheckpointError: Not found, or a file is missing, damaged or malformed.
+            CheckpointError: Not found, or `config.json` is missing, malformed or not supported.
         """
         folder = _find_folder(path, revision, cache_dir)
         file = folder / "config.json"
         raw = read_json(file)
-        config = DraftConfig.from_dict(raw, str(file))
-        source = _find_weights(folder)
-        tensors = {key: t for key, t in _list_tensors(source).items() if not IGNORED.fullmatch(key)}
-        return cls(folder, source, raw, config, tensors)
+        return cls(folder, raw, DraftConfig.from_dict(raw, str(file)))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is a weight file; `load_format="dummy"` needs none."""
+        return _find_weights(self.folder) is not None
+
+    @cached_property
+    def source(self) -> Path:
+        """The weight file, or the index of its shards.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        found = _find_weights(self.folder)
+        if found is None:
+            names = ", ".join(WEIGHT_FILES)
+            raise CheckpointError(
+                f"{self.folder}: no weights, expected one of {names} or their .index.json"
+            )
+        return found
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """key -> shape, dtype and file, without the data.
+
+        Raises:
+            CheckpointError: A weight file or index is missing, damaged or malformed.
+        """
+        listed = _list_tensors(self.source)
+        return {key: info for key, info in listed.items() if not IGNORED.fullmatch(key)}
 
     @cached_property
     def layout(self) -> DraftLayout:
-        """Which network the tensors make."""
+        """Which network the tensors make; without weights, what the config says."""
+        if not self.has_weights:
+            return DraftLayout.from_config(self.config)
         shapes = {key: info.shape for key, info in self.tensors.items()}
         return DraftLayout.detect(shapes, self.config)
 
@@ -95,7 +120,7 @@ class DraftCheckpoint:
 
         Raises:
             CheckpointError: One error that lists the problems: missing key, extra key, wrong shape
-                or dtype.
+                or dtype; or a file that cannot be read.
         """
         problems = list(self._problems())
         if problems:
@@ -105,14 +130,15 @@ class DraftCheckpoint:
         return self.layout
 
     def _problems(self) -> Iterator[str]:
+        tensors = self.tensors
         expected, name = self.expected_shapes(), self.layout.name
-        if not {"fc.fc.weight", "fc.weight"} & self.tensors.keys():
+        if not {"fc.fc.weight", "fc.weight"} & tensors.keys():
             yield (
                 f"{self.source}: missing key `fc.fc.weight` (GRIFFIN) or `fc.weight` (EAGLE): "
                 "this is not a draft of either layout"
             )
         for key, shape in expected.items():
-            info = self.tensors.get(key)
+            info = tensors.get(key)
             if info is None:
                 yield f"{self.source}: missing key `{key}` of shape {list(shape)} ({name} layout)"
             elif info.shape != shape:
@@ -122,8 +148,8 @@ class DraftCheckpoint:
                 )
             elif info.dtype not in FLOATS:
                 yield f"{info.file}: `{key}` is {info.dtype}, expected one of {', '.join(FLOATS)}"
-        for key in self.tensors.keys() - expected.keys():
-            yield f"{self.tensors[key].file}: unexpected key `{key}` ({name} layout)"
+        for key in sorted(tensors.keys() - expected.keys()):
+            yield f"{tensors[key].file}: unexpected key `{key}` ({name} layout)"
 
     def check_target(self, hidden_size: int, vocab_size: int) -> None:
         """Refuse a draft for another target; see `DraftConfig.check_target`."""
@@ -175,14 +201,12 @@ def _download(repo: str, revision: str | None, cache_dir: str | None) -> Path:
     return Path(folder)
 
 
-def _find_weights(folder: Path) -> Path:
+def _find_weights(folder: Path) -> Path | None:
     for name in WEIGHT_FILES:
         for file in (folder / name, folder / f"{name}.index.json"):
             if file.is_file():
                 return file
-    raise CheckpointError(
-        f"{folder}: no weights, expected one of {', '.join(WEIGHT_FILES)} or their .index.json"
-    )
+    return None
 
 
 def _list_tensors(source: Path) -> dict[str, TensorInfo]:

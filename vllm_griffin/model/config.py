@@ -44,7 +44,7 @@ class DraftConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> "DraftConfig":
-        """Read a `config.json`, or `to_dict()` of a Hugging Face config, old or new rope fields.
+        """Read a `config.json`, with old or new rope fields; defaults are those of Llama.
 
         Raises:
             CheckpointError: A field is missing, is wrong, or asks for what is not supported.
@@ -190,7 +190,5 @@ def _rope_parameters(raw: Mapping[str, Any], field: _Fields) -> dict[str, Any]:
 
 
 def _architectures(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """The file's own names; vLLM's `EAGLEConfig` renames them and keeps these in `model`."""
-    inner = raw.get("model")
-    names = (inner if isinstance(inner, Mapping) else raw).get("architectures")
+    names = raw.get("architectures")
     return tuple(str(name) for name in names) if isinstance(names, list | tuple) else ()

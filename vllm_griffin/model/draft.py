@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.config.vllm import set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
@@ -25,12 +25,13 @@ from vllm.model_executor.model_loader.weight_utils import (
     default_weight_loader,
     initialize_single_dummy_weight,
 )
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint
 from vllm_griffin.model.config import DraftConfig
 from vllm_griffin.model.layers import DraftLayer, PlainFusion, TokenGuidedFusion
-from vllm_griffin.model.layout import DraftLayout, expected_shapes
+from vllm_griffin.model.layout import expected_shapes
 from vllm_griffin.model.level import TreeLevel
 from vllm_griffin.model.target import target_parts
 
@@ -55,28 +56,32 @@ class GriffinDraftModel(nn.Module):
         layout: Which variant it is.
         embed_tokens: The draft's own embedding, or the target's after `share_with_target`.
         lm_head: The target's, after `share_with_target`.
+        num_kv_heads: Key and value heads of this rank.
+        head_dim: Size of one head.
     """
 
     def __init__(
-        self, *, vllm_config: VllmConfig, prefix: str = "", layout: DraftLayout | None = None
+        self,
+        *,
+        vllm_config: VllmConfig,
+        prefix: str = "",
+        checkpoint: DraftCheckpoint | None = None,
     ) -> None:
         """Build the network, without weights.
 
         Args:
             vllm_config: The engine's; `speculative_config.draft_model_config` says which draft.
             prefix: Of the names that the layers register under; they must differ from the target's.
-            layout: Which variant; looked up in the checkpoint if None.
+            checkpoint: The draft's, opened here if None.
 
         Raises:
-            CheckpointError: The draft's config asks for what is not supported.
-            ValueError: The draft cannot be split over the ranks, or is quantised.
+            CheckpointError: The draft's config or files cannot be used.
+            ValueError: The draft cannot be split over the ranks, or is to be quantised.
         """
         super().__init__()
-        self.config = draft_config(vllm_config)
-        self.layout = layout or _find_layout(vllm_config, self.config)
-        _check_parallel(self.config)
-        # vLLM reads the layer's number off its name, so it must not be one of the target's.
-        number = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        checkpoint = checkpoint or open_draft(vllm_config)
+        self.config, self.layout = checkpoint.config, checkpoint.layout
+        _check_engine(self.config, vllm_config)
         prefix = prefix or PREFIX
         self.embed_tokens: nn.Module | None = None
         if self.layout.own_embedding:
@@ -88,6 +93,8 @@ class GriffinDraftModel(nn.Module):
             if self.layout.fusion
             else PlainFusion(self.config, self.layout.fc_bias, f"{prefix}.fc")
         )
+        # vLLM reads a layer's number off its name, and it must not be one of the target's.
+        number = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
         layer = DraftLayer(
             self.config,
             self.layout,
@@ -96,6 +103,8 @@ class GriffinDraftModel(nn.Module):
             f"{prefix}.layers.{number}",
         )
         self.layers = nn.ModuleList([layer])
+        self.num_kv_heads = layer.self_attn.num_kv_heads
+        self.head_dim = layer.self_attn.head_dim
         self.lm_head: nn.Module | None = None
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
 
@@ -168,80 +177,78 @@ class GriffinDraftModel(nn.Module):
         self.lm_head = parts.lm_head
         self.logits_processor.scale = parts.logit_scale
         self.logits_processor.soft_cap = parts.logit_soft_cap
-        if self.embed_tokens is not None:
-            own, shared = self.embed_tokens.weight, getattr(parts.embedding, "weight", None)
-            if shared is None or own.dtype != shared.dtype or not torch.equal(own, shared):
-                logger.info("griffin: the draft keeps its own embedding, the target's differs")
-                return
-        self.embed_tokens = parts.embedding
+        if self.embed_tokens is None or _same_weight(self.embed_tokens, parts.embedding):
+            self.embed_tokens = parts.embedding
+        else:
+            logger.info("griffin: the draft keeps its own embedding, the target's differs")
+
+
+def _same_weight(own: nn.Module, shared: nn.Module) -> bool:
+    """Bit for bit; a quantised embedding has no comparable weight and so differs."""
+    a, b = own.weight, getattr(shared, "weight", None)
+    assert isinstance(a, Tensor)
+    return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def load_draft_model(target_model: nn.Module, vllm_config: VllmConfig) -> GriffinDraftModel:
     """Build the draft on the engine's device, load its checkpoint, share the target's modules.
 
-    With `load_format="dummy"` the weights are small random numbers, and the config decides the
-    layout.
+    With `load_format="dummy"` the weights are small random numbers, and the checkpoint needs only a
+    `config.json`.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or does not fit its layout or the target.
         TargetError: The target model has nothing to share.
+        ValueError: The draft cannot be split over the ranks, or is to be quantised.
     """
-    draft_model = vllm_config.speculative_config.draft_model_config
-    load_config = get_draft_load_config(vllm_config)
-    checkpoint = None
-    if load_config.load_format != "dummy":
-        checkpoint = DraftCheckpoint.open(
-            draft_model.model, draft_model.revision, load_config.download_dir
-        )
-    config = checkpoint.config if checkpoint else draft_config(vllm_config)
+    checkpoint = open_draft(vllm_config)
     target = vllm_config.model_config
-    config.check_target(target.get_hidden_size(), target.get_vocab_size())
-    layout = checkpoint.validate() if checkpoint else DraftLayout.from_config(config)
-    device = torch.device(load_config.device or vllm_config.device_config.device)
+    checkpoint.check_target(target.get_hidden_size(), target.get_vocab_size())
+    load_config = get_draft_load_config(vllm_config)
+    dummy = load_config.load_format == "dummy"
+    if not dummy:
+        checkpoint.validate()
+    device = torch.device(load_config.device or current_platform.device_type)
     # Features, LM head and KV cache are the target's, so its dtype is the draft's.
+    assert isinstance(target.dtype, torch.dtype)
     with set_default_torch_dtype(target.dtype):
         with device, set_current_vllm_config(vllm_config, prefix=PREFIX):
-            draft = GriffinDraftModel(vllm_config=vllm_config, prefix=PREFIX, layout=layout)
-        if checkpoint:
-            draft.load_weights(checkpoint.weights())
-        else:
+            draft = GriffinDraftModel(vllm_config=vllm_config, checkpoint=checkpoint)
+        if dummy:
             for param in draft.parameters():
                 initialize_single_dummy_weight(param)
-        process_weights_after_loading(draft, draft_model, device)
+        else:
+            draft.load_weights(checkpoint.weights())
+        process_weights_after_loading(draft, _draft_model_config(vllm_config), device)
     draft.share_with_target(target_model)
-    logger.info("griffin: loaded a %s draft from %s", layout.name, draft_model.model)
+    logger.info("griffin: loaded a %s draft from %s", checkpoint.layout.name, checkpoint.folder)
     return draft.eval()
 
 
-def draft_config(vllm_config: VllmConfig) -> DraftConfig:
-    """Shape of the draft that an engine config names.
+def open_draft(vllm_config: VllmConfig) -> DraftCheckpoint:
+    """Open the checkpoint that an engine's speculative config names.
 
     Raises:
-        CheckpointError: See `DraftConfig.from_dict`.
-        ValueError: The draft is to be quantised.
+        CheckpointError: See `DraftCheckpoint.open`.
     """
-    draft_model = vllm_config.speculative_config.draft_model_config
-    if draft_model.quantization is not None:
+    draft_model = _draft_model_config(vllm_config)
+    cache_dir = get_draft_load_config(vllm_config).download_dir
+    return DraftCheckpoint.open(draft_model.model, draft_model.revision, cache_dir)
+
+
+def _draft_model_config(vllm_config: VllmConfig) -> ModelConfig:
+    assert vllm_config.speculative_config is not None
+    return vllm_config.speculative_config.draft_model_config
+
+
+def _check_engine(config: DraftConfig, vllm_config: VllmConfig) -> None:
+    """Refuse what would fail later, or quietly do something else."""
+    quantization = _draft_model_config(vllm_config).quantization
+    if quantization is not None:
         raise ValueError(
-            f"griffin does not support a quantised draft: {draft_model.model} has "
-            f"quantization={draft_model.quantization!r}"
+            f"{config.source}: griffin does not support a quantised draft "
+            f"(quantization={quantization!r})"
         )
-    return DraftConfig.from_dict(
-        draft_model.hf_config.to_dict(), f"{draft_model.model}/config.json"
-    )
-
-
-def _find_layout(vllm_config: VllmConfig, config: DraftConfig) -> DraftLayout:
-    draft_model = vllm_config.speculative_config.draft_model_config
-    load_config = get_draft_load_config(vllm_config)
-    if load_config.load_format == "dummy":
-        return DraftLayout.from_config(config)
-    return DraftCheckpoint.open(
-        draft_model.model, draft_model.revision, load_config.download_dir
-    ).layout
-
-
-def _check_parallel(config: DraftConfig) -> None:
     ranks = get_tensor_model_parallel_world_size()
     if config.intermediate_size % ranks:
         raise ValueError(

@@ -5,6 +5,8 @@ size.
 Formulas: GRIFFIN (arXiv 2502.11018, section 4.2) as its published code computes them.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -129,6 +131,12 @@ class DraftAttention(nn.Module):
             max_position=max(config.max_position_embeddings, max_position),
             rope_parameters=config.rope_parameters,
         )
+        table = self.rotary_emb.cos_sin_cache.shape[0]
+        if table < max_position:
+            raise ValueError(
+                f"{config.source}: rope type {config.rope_parameters['rope_type']!r} covers {table} "
+                f"positions, the engine's max_model_len is {max_position}"
+            )
         self.attn = Attention(
             self.num_heads,
             self.head_dim,
@@ -151,7 +159,9 @@ class DraftAttention(nn.Module):
         rows = q.shape[0]
         level.k_scratch.index_copy_(0, level.write_rows, k.view(rows, -1, self.head_dim))
         level.v_scratch.index_copy_(0, level.write_rows, v.view(rows, -1, self.head_dim))
-        k_cache, v_cache = self.attn.impl.kv_views(self.attn.kv_cache)
+        # `kv_views` is what griffin's attention backends add to vLLM's.
+        impl: Any = self.attn.impl
+        k_cache, v_cache = impl.kv_views(self.attn.kv_cache)
         out = q.new_empty(rows, self.num_heads, self.head_dim)
         tree_attention(
             q.view(rows, -1, self.head_dim),

@@ -62,7 +62,7 @@ class DraftLayout:
 
     @classmethod
     def from_config(cls, config: DraftConfig) -> "DraftLayout":
-        """Guess the layout where there are no tensors to look at (`load_format="dummy"`)."""
+        """Guess the layout where there are no tensors to look at."""
         eagle = any(name.startswith("Eagle") for name in config.architectures)
         return cls(
             fusion=not eagle,

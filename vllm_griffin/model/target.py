@@ -1,6 +1,7 @@
 """What a draft takes from its target: the embedding, the LM head, and how logits are scaled."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from vllm.lora.layers.base import BaseLayerWithLoRA
@@ -29,7 +30,9 @@ def target_parts(target: nn.Module) -> TargetParts:
     Raises:
         TargetError: Names the model class and what it lacks.
     """
-    language = target.get_language_model() if hasattr(target, "get_language_model") else target
+    language: Any = target
+    if hasattr(target, "get_language_model"):
+        language = target.get_language_model()  # type: ignore[operator]
     embedding = _plain(getattr(getattr(language, "model", None), "embed_tokens", None))
     head = _plain(getattr(language, "lm_head", None))
     for name, part in (("model.embed_tokens", embedding), ("lm_head", head)):
