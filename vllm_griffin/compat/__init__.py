@@ -1,2 +1,56 @@
+"""The seams to vLLM. ``patches.py`` lists each once; nothing else in this package replaces a name."""
+
+import sys
+
+SUPPORTED = "0.32"
+
+
 def install() -> None:
-    pass
+    """Makes vLLM's front end understand ``"method": "griffin"``; cheap, and safe to repeat.
+
+    Only a process that has EngineArgs loaded can be asked for griffin, so elsewhere (engine core,
+    workers, model inspection) there is nothing to do.
+    """
+    if "vllm.engine.arg_utils" not in sys.modules:
+        return
+    from vllm_griffin.compat.patch import UnsupportedVllmError
+    from vllm_griffin.compat.patches import CONFIG_PATCHES
+
+    try:
+        for patch in CONFIG_PATCHES:
+            patch.apply()
+    except UnsupportedVllmError as error:
+        # An engine that does not want griffin must start all the same.
+        from vllm.logger import init_logger
+
+        init_logger(__name__).warning("%s", error)
+
+
+def install_worker_patches() -> None:
+    """Prepares this process to run a griffin engine; called where the engine's config arrives."""
+    from vllm_griffin.compat.patches import WORKER_PATCHES
+
+    for patch in WORKER_PATCHES:
+        patch.apply()
+
+
+def check_version() -> None:
+    """Raises UnsupportedVllmError, in one sentence, unless vLLM is 0.32.x."""
+    from vllm_griffin.compat.patch import UnsupportedVllmError
+
+    version = _vllm_version()
+    if not _supported(version):
+        raise UnsupportedVllmError(
+            f"vllm-griffin works with vLLM {SUPPORTED}.x, but {version} is installed: "
+            f"pip install 'vllm-griffin[cuda]' (or [cpu]) for one that fits."
+        )
+
+
+def _vllm_version() -> str:
+    from vllm.version import __version__
+
+    return __version__
+
+
+def _supported(version: str) -> bool:
+    return version.startswith(f"{SUPPORTED}.")

@@ -1,0 +1,9 @@
+"""Draft trees: growing them level by level, and keeping them between two steps.
+
+Knows tokens, parents and scores; nothing of GRIFFIN and nothing of vLLM.
+"""
+
+from vllm_griffin.tree.grow import Frontier, TreeGrower, top_children
+from vllm_griffin.tree.slots import DraftTrees
+
+__all__ = ["DraftTrees", "Frontier", "TreeGrower", "top_children"]

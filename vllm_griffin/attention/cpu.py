@@ -1,0 +1,97 @@
+"""Tree attention on vLLM's CPU backend, and the layout of its KV cache.
+
+The cache of a layer is ``[num_blocks, num_kv_heads, block_size, 2 * head_dim]``. Seen as
+``[.., 2 * block_size, head_dim]`` its halves are keys and values; a block's keys are stored
+transposed, ``[head_dim, block_size]``. Only the plain vector code packs them so (AMX and the other
+architectures do not), hence it is pinned, and held against the real cache before the first step.
+"""
+
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from vllm_griffin.attention.backends import TreeAttentionMixin
+
+PINNED_ISA = ("vec", "vec16")
+
+
+class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Pins the instruction set whose cache layout is known."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.isa not in PINNED_ISA:
+            if self.isa != "amx":
+                raise ValueError(
+                    f"method 'griffin' does not support the CPU attention of this architecture "
+                    f"({self.isa!r}); it runs on x86-64"
+                )
+            self.isa = "vec"
+            self._set_isa_to_layers(self.layer_names)
+        _check_layout(self.isa, self.dtype, self.block_size, self.head_dim)
+
+
+class TreeCPUAttentionImpl(TreeAttentionMixin, CPUAttentionBackendImpl):
+    """CPU attention with tree rows."""
+
+    def kv_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the module's text for the layout."""
+        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+        halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * self.head_size)
+        keys = halves[:, :, 0].view(num_blocks, num_kv_heads, self.head_size, block_size)
+        values = halves[:, :, 1].view(num_blocks, num_kv_heads, block_size, self.head_size)
+        return keys.transpose(2, 3), values
+
+
+class TreeCPUAttentionBackend(CPUAttentionBackend):
+    """vLLM's CPU backend with tree rows."""
+
+    @staticmethod
+    def get_impl_cls() -> type[TreeCPUAttentionImpl]:
+        """The implementation with tree rows."""
+        return TreeCPUAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeCPUAttentionMetadataBuilder]:
+        """The builder that pins the cache layout."""
+        return TreeCPUAttentionMetadataBuilder
+
+
+def _check_layout(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> None:
+    """Writes one block through vLLM's op and reads it back through our view.
+
+    Raises:
+        ValueError: vLLM packs its CPU cache otherwise than this plugin reads it.
+    """
+    keys = torch.arange(block_size * head_dim, dtype=torch.float32).remainder(251)
+    keys = keys.view(block_size, 1, head_dim).to(dtype)
+    values = keys + 1
+    cache = torch.zeros(1, 1, block_size, 2 * head_dim, dtype=dtype)
+    key_half, value_half = cache.view(1, 1, 2 * block_size, head_dim).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(
+        keys,
+        values,
+        key_half,
+        value_half,
+        torch.arange(block_size),
+        isa,
+        k_scale=1.0,
+        v_scale=1.0,
+        kv_cache_dtype="auto",
+    )
+    reader = TreeCPUAttentionImpl.__new__(TreeCPUAttentionImpl)
+    reader.head_size = head_dim
+    read_keys, read_values = reader.kv_views(cache)
+    if not (
+        torch.equal(read_keys[0, 0], keys[:, 0]) and torch.equal(read_values[0, 0], values[:, 0])
+    ):
+        raise ValueError(
+            f"method 'griffin' cannot read vLLM's CPU KV cache (isa {isa!r}, block {block_size}, "
+            f"head size {head_dim}): its layout has changed"
+        )

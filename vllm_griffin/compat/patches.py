@@ -1,0 +1,143 @@
+"""Every change that this plugin makes to vLLM, each with its reason and the day it can go.
+
+All of them ask first whether the engine at hand wants griffin, so that a plain engine in the same
+process runs vLLM's own code.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm_griffin.compat.patch import Patch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        asked = dict(self.speculative_config or {})
+        if self.spec_method != "griffin" and asked.get("method") != "griffin":
+            return original(self, target_model_config, target_parallel_config)
+        for flag, key, value in (
+            ("--spec-method", "method", self.spec_method),
+            ("--spec-model", "model", self.spec_model),
+            ("--spec-tokens", "num_speculative_tokens", self.spec_tokens),
+        ):
+            if value is not None and key in asked:
+                raise ValueError(f"{flag} and --speculative-config['{key}'] are mutually exclusive")
+            if value is not None:
+                asked[key] = value
+        from vllm_griffin.compat import check_version
+        from vllm_griffin.config import GriffinSpeculativeConfig
+
+        check_version()
+        return GriffinSpeculativeConfig(
+            **{key.replace("-", "_"): value for key, value in asked.items()},
+            target_model_config=target_model_config,
+            target_parallel_config=target_parallel_config,
+        )
+
+    return create_speculative_config
+
+
+def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(
+        self: Any, usage_context: Any = None, headless: bool = False
+    ) -> "VllmConfig":
+        vllm_config = original(self, usage_context, headless)
+        asked = self.spec_method == "griffin" or (
+            (self.speculative_config or {}).get("method") == "griffin"
+        )
+        if asked:
+            from vllm_griffin.config import check_engine
+
+            check_engine(vllm_config)
+        return vllm_config
+
+    return create_engine_config
+
+
+def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init_speculator(vllm_config: "VllmConfig", device: Any, req_states: Any) -> Any:
+        from vllm_griffin.config import check_engine, griffin_config
+
+        if griffin_config(vllm_config) is None:
+            return original(vllm_config, device, req_states)
+        from vllm_griffin.runner.speculator import TreeSpeculator
+
+        # Who builds a VllmConfig by hand has not been through EngineArgs.
+        check_engine(vllm_config)
+        return TreeSpeculator(vllm_config, device)
+
+    return init_speculator
+
+
+def _get_attn_backend(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_attn_backend(*args: Any, **kwargs: Any) -> Any:
+        from vllm.config import get_current_vllm_config_or_none
+
+        from vllm_griffin.config import griffin_config
+
+        backend = original(*args, **kwargs)
+        if griffin_config(get_current_vllm_config_or_none()) is None:
+            return backend
+        from vllm_griffin.attention.backends import tree_backend
+
+        return tree_backend(backend)
+
+    return get_attn_backend
+
+
+CONFIG_PATCHES = (
+    Patch(
+        module="vllm.engine.arg_utils",
+        name="EngineArgs.create_speculative_config",
+        parameters=("self", "target_model_config", "target_parallel_config"),
+        replacement=_create_speculative_config,
+        reason="vLLM's SpeculativeConfig takes a closed list of methods and no tree fields",
+        until="vLLM lets a plugin register a speculative method with fields of its own",
+    ),
+    Patch(
+        module="vllm.engine.arg_utils",
+        name="EngineArgs.create_engine_config",
+        parameters=("self", "usage_context", "headless"),
+        replacement=_create_engine_config,
+        reason="what griffin cannot do yet is refused at start-up, which needs the whole config",
+        until="vLLM asks a speculative method to validate the engine's config",
+    ),
+)
+
+WORKER_PATCHES = (
+    Patch(
+        module="vllm.v1.worker.gpu.spec_decode",
+        name="init_speculator",
+        parameters=("vllm_config", "device", "req_states"),
+        replacement=_init_speculator,
+        reason="Model Runner V2 builds its speculator from a closed list of methods",
+        until="vLLM lets a plugin register a speculator",
+        imported_by=("vllm.v1.worker.gpu.model_runner",),
+    ),
+    Patch(
+        module="vllm.v1.attention.selector",
+        name="get_attn_backend",
+        parameters=(
+            "head_size",
+            "dtype",
+            "kv_cache_dtype",
+            "use_mla",
+            "has_sink",
+            "use_sparse",
+            "use_mm_prefix",
+            "use_per_head_quant_scales",
+            "attn_type",
+            "num_heads",
+            "has_sliding_window",
+        ),
+        replacement=_get_attn_backend,
+        reason="no backend of vLLM can mask a different tree for each request",
+        until="a backend takes per-request ancestor masks, or one can be chosen per engine by name",
+        imported_by=("vllm.model_executor.layers.attention.attention",),
+    ),
+)

@@ -1,0 +1,137 @@
+"""What the target's forward pass needs to know of the trees: positions and ancestor masks."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_griffin.attention.metadata import TreeRows, attach_tree
+from vllm_griffin.runner.sampler import TreeVerifier
+from vllm_griffin.tree import DraftTrees
+
+
+class GriffinModelState(DefaultModelState):
+    """vLLM's per-request model state, with trees in the rows that it schedules as drafts."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        encoder_cache: EncoderCache | None,
+        device: torch.device,
+        *,
+        trees: DraftTrees,
+        verifier: "VerifierSlot",
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.trees = trees
+        self.verifier = verifier
+        self.custom_processors = bool(vllm_config.model_config.logits_processors)
+
+    def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeVerifier]:
+        """vLLM's sampler stays; its rejection sampler gives way to tree verification."""
+        return sampler, self.verifier.install(sampler)
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """The slot may still hold the tree of the request before: forget it."""
+        super().add_request(req_index, new_req_data)
+        params = new_req_data.sampling_params
+        spine_only = params is not None and (self.custom_processors or reads_history(params))
+        self.trees.reset(req_index, spine_only)
+
+    def remove_request(self, req_id: str) -> None:
+        """Ends the request's trace."""
+        super().remove_request(req_id)
+        self.verifier.forget(req_id)
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """vLLM's attention metadata with the batch's trees attached."""
+        attn_metadata = super().prepare_attn(input_batch, cudagraph_mode, *args, **kwargs)
+        attach_tree(attn_metadata, self._tree_rows(input_batch))
+        return attn_metadata
+
+    def prepare_inputs(
+        self, input_batch: InputBatch, req_states: RequestState
+    ) -> dict[str, torch.Tensor | None]:
+        """Rewrites the positions of tree rows from consecutive to root + depth, in place.
+
+        Their cache slots were computed before, from the consecutive ones. The sampler reads the new
+        ones: noise is keyed by the position of the token in the text.
+        """
+        inputs = super().prepare_inputs(input_batch, req_states)
+        if input_batch.num_draft_tokens > 0:
+            rows = input_batch.logits_indices
+            local = input_batch.expanded_local_pos.long()
+            depth = self.trees.depths[input_batch.expanded_idx_mapping, local]
+            input_batch.positions[rows] += depth - local
+        return inputs
+
+    def _tree_rows(self, batch: InputBatch) -> TreeRows | None:
+        if batch.num_draft_tokens == 0:
+            return None
+        num_reqs = batch.num_reqs
+        num_logits = (batch.cu_num_logits[1:] - batch.cu_num_logits[:-1]).to(torch.int32)
+        seq_lens = batch.seq_lens[:num_reqs]
+        return TreeRows(
+            q_start=(batch.query_start_loc[1 : num_reqs + 1] - num_logits).to(torch.int32),
+            # One row is a plain decode or the end of a prefill: causal attention is right for it.
+            num_rows=torch.where(num_logits > 1, num_logits, 0).to(torch.int32),
+            prefix_lens=(seq_lens - num_logits).to(torch.int32),
+            bits=self.trees.bits[batch.idx_mapping],
+        )
+
+
+class VerifierSlot:
+    """Where the speculator, built first, finds the verifier that the model state builds later."""
+
+    def __init__(self, trees: DraftTrees, max_path: int) -> None:
+        self._trees = trees
+        self._max_path = max_path
+        self.verifier: TreeVerifier | None = None
+
+    def install(self, sampler: Sampler) -> TreeVerifier:
+        """Builds the verifier around vLLM's sampler."""
+        trace = None
+        if os.environ.get("VLLM_GRIFFIN_TRACE"):
+            from vllm_griffin.runner.trace import StepTrace
+
+            trace = StepTrace(os.environ["VLLM_GRIFFIN_TRACE"])
+        self.verifier = TreeVerifier(sampler, self._trees, self._max_path, trace)
+        return self.verifier
+
+    def forget(self, request_id: str) -> None:
+        """Passes the end of a request on to the trace, if there is one."""
+        if self.verifier is not None and self.verifier.trace is not None:
+            self.verifier.trace.forget(request_id)
+
+
+def reads_history(params: SamplingParams) -> bool:
+    """Whether a request's logits processors read its earlier tokens, or a grammar constrains it.
+
+    vLLM's processors take the preceding rows of a request for the text before a row. On a tree that
+    holds on the spine only, so such a request is verified there.
+    """
+    return bool(
+        params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1.0
+        or params.bad_words
+        or params.thinking_token_budget is not None
+        or params.structured_outputs is not None
+    )

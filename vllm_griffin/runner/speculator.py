@@ -1,0 +1,314 @@
+"""The speculator: compacts the accepted path, extends the draft's cache by it, grows new trees.
+
+Shapes: B requests of the batch, R rows of the extend pass, h hidden size, N nodes, K top_k,
+D levels, P = 1 + D rows of the longest path.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import set_forward_context
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+from vllm_griffin.config import griffin_config
+from vllm_griffin.kernels.kv_compaction import compact_kv
+from vllm_griffin.kernels.verify import Walk
+from vllm_griffin.model.draft import GriffinDraftModel, load_draft_model
+from vllm_griffin.model.level import TreeLevel
+from vllm_griffin.runner.model_state import GriffinModelState, VerifierSlot
+from vllm_griffin.tree import DraftTrees, Frontier, TreeGrower, top_children
+
+
+@dataclass
+class ExtendBatch:
+    """Rows of the extend pass: one per token whose target hidden state is now known.
+
+    A request with T logits rows had T - 1 drafted rows scheduled. Its rows before the root are
+    prompt, taken as they are; of the T tree rows the pass has min(T, P), of which those beyond the
+    accepted path are padding: their cache slots lie past the text and are overwritten in time.
+    """
+
+    # [B + 1] host int32
+    query_start_np: np.ndarray
+    # [R] int64: token, position, row of the target's hidden state, row whose cache slot to fill
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    hidden_rows: torch.Tensor
+    slot_rows: torch.Tensor
+    # [B] int64: row of the last token of the text
+    last_rows: torch.Tensor
+    # [B] int32: draft keys in the paged cache once the pass is done, padding not counted
+    prefix_lens: torch.Tensor
+    # [B] int32: the same, padding counted
+    seq_lens: torch.Tensor
+
+
+class TreeSpeculator(DraftModelSpeculator):
+    """Drafts a tree per request with the GRIFFIN (or EAGLE) network."""
+
+    model: GriffinDraftModel
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        spec = griffin_config(vllm_config)
+        assert spec is not None and spec.tree_top_k is not None
+        self.num_nodes = spec.num_speculative_tokens
+        self.levels = spec.tree_levels
+        self.top_k = spec.tree_top_k
+        self.max_path = 1 + self.levels
+        self.trees = DraftTrees(self.max_num_reqs, self.num_nodes, device)
+        self.verifier = VerifierSlot(self.trees, self.max_path)
+        self.grower = TreeGrower(self.num_nodes, self.levels, self.top_k, device)
+
+    def load_draft_model(
+        self, target_model: nn.Module, target_attn_layer_names: set[str]
+    ) -> GriffinDraftModel:
+        """Loads the draft, and has the target ask for our model state."""
+        if hasattr(target_model, "get_model_state_cls"):
+            raise ValueError(
+                f"method 'griffin' does not support {type(target_model).__name__}: it brings a "
+                f"model state of its own"
+            )
+        target_model.get_model_state_cls = lambda: functools.partial(
+            GriffinModelState, trees=self.trees, verifier=self.verifier
+        )
+        self.target_attn_layer_names = sorted(target_attn_layer_names)
+        return load_draft_model(target_model, self.vllm_config)
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """The draft runs eagerly."""
+
+    def capture(self) -> None:
+        """The draft runs eagerly."""
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        # [num_tokens, h]
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        # [B]
+        num_sampled: torch.Tensor,
+        # [B]
+        num_rejected: torch.Tensor,
+        # [max_num_reqs, 1]
+        last_sampled: torch.Tensor,
+        # [lookahead, max_num_reqs]
+        next_prefill_tokens: torch.Tensor,
+        # [max_num_reqs]
+        temperature: torch.Tensor,
+        # [max_num_reqs]
+        seeds: torch.Tensor,
+        dummy_run: bool = False,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Returns the next trees' tokens, [B, N], in the order in which they are verified."""
+        num_reqs = input_batch.num_reqs
+        if dummy_run:
+            return self._dummy_propose(num_reqs, input_batch.num_tokens)
+        walk = self._step_walk(input_batch, num_sampled, last_sampled, next_prefill_tokens)
+        if input_batch.num_draft_tokens > 0:
+            self._compact_target_cache(input_batch, slot_mappings, walk)
+        extend = self._extend_batch(input_batch, walk, num_sampled)
+        predict, regress = self._extend(input_batch, extend, slot_mappings, last_hidden_states)
+        tree = self._grow(extend, predict[extend.last_rows], regress[extend.last_rows])
+        self.trees.store(input_batch.idx_mapping, tree, num_sampled > 0)
+        return tree.tokens
+
+    def _step_walk(
+        self,
+        batch: InputBatch,
+        num_sampled: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+    ) -> Walk:
+        """The accepted paths, also for steps and requests that had nothing to verify."""
+        assert self.verifier.verifier is not None
+        walk = self.verifier.verifier.take_walk()
+        slots = batch.idx_mapping
+        if walk is None:
+            shape = (batch.num_reqs, self.max_path)
+            walk = Walk(
+                path=torch.zeros(shape, dtype=torch.int32, device=self.device),
+                tokens=torch.zeros(shape, dtype=torch.int64, device=self.device),
+                num_accepted=torch.ones_like(num_sampled),
+            )
+            walk.tokens[:, 0] = last_sampled[slots, 0]
+        # In the middle of a prompt the next token is the prompt's, whatever was drawn.
+        walk.tokens[:, 0] = torch.where(
+            num_sampled > 0, walk.tokens[:, 0], next_prefill_tokens[0, slots].long()
+        )
+        return walk
+
+    def _compact_target_cache(
+        self, batch: InputBatch, slot_mappings: dict[str, torch.Tensor], walk: Walk
+    ) -> None:
+        """Moves the accepted path's keys and values to the front of its span, in every layer."""
+        num_logits = batch.cu_num_logits[1:] - batch.cu_num_logits[:-1]
+        row_start = (batch.query_start_loc[1 : batch.num_reqs + 1] - num_logits).to(torch.int32)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name in self.target_attn_layer_names:
+            layer = layers[name]
+            k_cache, v_cache = layer.impl.kv_views(layer.kv_cache)
+            compact_kv(
+                k_cache, v_cache, slot_mappings[name], row_start, walk.path, walk.num_accepted
+            )
+
+    def _extend_batch(
+        self, batch: InputBatch, walk: Walk, num_sampled: torch.Tensor
+    ) -> ExtendBatch:
+        """Lays out the extend pass; its shape follows from what was scheduled, known on the host."""
+        num_logits_np = np.diff(batch.cu_num_logits_np)
+        prompt_np = batch.num_scheduled_tokens - num_logits_np
+        counts = prompt_np + np.minimum(num_logits_np, self.max_path)
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        request_np = np.repeat(np.arange(batch.num_reqs), counts)
+        local_np = np.arange(starts[-1]) - starts[request_np]
+        on_host = np.stack([request_np, local_np, local_np - prompt_np[request_np]])
+        request, local, tree_row = async_tensor_h2d(on_host.astype(np.int64), device=self.device)
+        prompt, start = async_tensor_h2d(
+            np.stack([prompt_np, starts[:-1]]).astype(np.int64), device=self.device
+        )
+
+        query_start = batch.query_start_loc[: batch.num_reqs].long()
+        seq_lens = batch.seq_lens[: batch.num_reqs].long()
+        num_scheduled = batch.query_start_loc[1 : batch.num_reqs + 1].long() - query_start
+        first_position = seq_lens - num_scheduled
+        in_tree = tree_row >= 0
+        path_row = tree_row.clamp(min=0)
+        slot_rows = query_start[request] + local
+        hidden_rows = torch.where(
+            in_tree,
+            query_start[request] + prompt[request] + walk.path[request, path_row],
+            slot_rows,
+        )
+        next_row = (slot_rows + 1).clamp(max=batch.input_ids.shape[0] - 1)
+        accepted = num_sampled.long().clamp(min=1)
+        return ExtendBatch(
+            query_start_np=starts,
+            input_ids=torch.where(
+                in_tree, walk.tokens[request, path_row], batch.input_ids[next_row].long()
+            ),
+            positions=first_position[request] + local,
+            hidden_rows=hidden_rows,
+            slot_rows=slot_rows,
+            last_rows=start + prompt + accepted - 1,
+            prefix_lens=(first_position + prompt + accepted).to(torch.int32),
+            seq_lens=(
+                first_position + async_tensor_h2d(counts.astype(np.int64), device=self.device)
+            ).to(torch.int32),
+        )
+
+    def _extend(
+        self,
+        batch: InputBatch,
+        extend: ExtendBatch,
+        slot_mappings: dict[str, torch.Tensor],
+        hidden_states: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first draft pass: causal, over the tokens that became text in this step."""
+        num_reqs, num_rows = batch.num_reqs, int(extend.query_start_np[-1])
+        buffers = self.input_buffers
+        buffers.seq_lens[:num_reqs] = extend.seq_lens
+        async_tensor_h2d(extend.query_start_np, out=buffers.query_start_loc[: num_reqs + 1])
+        buffers.positions[:num_rows] = extend.positions
+        layer_name = next(iter(self.draft_attn_layer_names))
+        slots = slot_mappings[layer_name][extend.slot_rows]
+        self.draft_max_seq_len = self.max_model_len
+        metadata = self._build_attn_metadata(
+            num_reqs=num_reqs,
+            batch_desc=BatchExecutionDescriptor(
+                cg_mode=CUDAGraphMode.NONE, num_tokens=num_rows, num_reqs=num_reqs
+            ),
+            query_start_loc_np=extend.query_start_np,
+            seq_lens_cpu_upper_bound=batch.seq_lens_cpu_upper_bound,
+            step=0,
+            slot_mappings=slots.unsqueeze(0).expand(len(self.kv_cache_config.kv_cache_groups), -1),
+        )
+        self.draft_metadata = metadata[layer_name]
+        with set_forward_context(
+            metadata, self.vllm_config, num_tokens=num_rows, slot_mapping={layer_name: slots}
+        ):
+            return self.model(extend.input_ids, extend.positions, hidden_states[extend.hidden_rows])
+
+    def _grow(self, extend: ExtendBatch, predict: torch.Tensor, regress: torch.Tensor) -> Any:
+        """Grows the batch's trees from the draft's outputs at the last token; both [B, h]."""
+        batch, k = predict.shape[0], self.top_k
+        frontier = self.grower.begin(*self._children(predict, k))
+        features = regress.unsqueeze(1).expand(-1, k, -1)
+        scratch = self._scratch(batch)
+        for depth in range(1, self.levels):
+            level = self._level(extend, frontier, scratch, depth)
+            # Slot p - 1 + depth of the draft pairs the parent's feature with the node's token.
+            positions = (extend.prefix_lens.long() - 1 + depth).clamp(max=self.max_model_len - 1)
+            predict, regress = self.model(
+                frontier.tokens.flatten(),
+                positions.repeat_interleave(k, output_size=batch * k),
+                features.reshape(batch * k, -1),
+                level,
+            )
+            logprobs, tokens = self._children(predict, k)
+            frontier = self.grower.advance(
+                frontier, logprobs.view(batch, k, k), tokens.view(batch, k, k)
+            )
+            features = regress.view(batch, k, -1).gather(
+                1, frontier.parents.long().unsqueeze(-1).expand(-1, -1, regress.shape[-1])
+            )
+        return self.grower.finish()
+
+    def _children(self, predict: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return top_children(self.model.compute_logits(predict), k)
+
+    def _scratch(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the nodes expanded so far, for this step only."""
+        heads, head_dim = self.model.num_kv_heads, self.model.head_dim
+        shape = (batch * self.grower.scratch_size, heads, head_dim)
+        return (
+            torch.empty(shape, dtype=self.dtype, device=self.device),
+            torch.empty(shape, dtype=self.dtype, device=self.device),
+        )
+
+    def _level(
+        self,
+        extend: ExtendBatch,
+        frontier: Frontier,
+        scratch: tuple[torch.Tensor, torch.Tensor],
+        depth: int,
+    ) -> TreeLevel:
+        batch, k = frontier.tokens.shape
+        request = torch.arange(batch, device=self.device)
+        tail_start = request * self.grower.scratch_size
+        place = torch.arange((depth - 1) * k, depth * k, device=self.device)
+        return TreeLevel(
+            block_table=self.draft_metadata.block_table,
+            prefix_lens=extend.prefix_lens,
+            q_start=(request * k).to(torch.int32),
+            num_rows=torch.full((batch,), k, dtype=torch.int32, device=self.device),
+            k_scratch=scratch[0],
+            v_scratch=scratch[1],
+            write_rows=(tail_start.unsqueeze(1) + place).flatten(),
+            tail_start=tail_start,
+            tail_bits=frontier.bits,
+        )
+
+    def _dummy_propose(self, num_reqs: int, num_tokens: int) -> torch.Tensor:
+        """Runs the draft once without a cache, so that memory profiling sees its largest pass."""
+        ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+        hidden = torch.zeros(num_tokens, self.hidden_size, dtype=self.dtype, device=self.device)
+        with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
+            predict, _ = self.model(ids, ids, hidden)
+        rows = min(num_reqs * self.top_k, num_tokens)
+        self._children(predict[:rows], self.top_k)
+        return self.draft_tokens[:num_reqs]

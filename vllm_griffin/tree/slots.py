@@ -1,0 +1,56 @@
+"""The trees that wait for verification, one slot per request.
+
+Shapes: S request slots, N nodes, W 64-bit words for 1 + N bits.
+"""
+
+import torch
+
+from vllm_griffin.kernels.packed_bits import num_words
+from vllm_griffin.kernels.tree_order import OrderedTree
+
+
+class DraftTrees:
+    """Device tensors that carry each request's tree from drafting to verification.
+
+    A slot holds a tree if ``num_nodes`` is positive. What an empty or a stale slot contains is still
+    well-formed (parents before children, every row sees itself), so that rows which the scheduler
+    places before there is a tree give finite numbers that nobody accepts.
+    """
+
+    def __init__(self, slots: int, num_nodes: int, device: torch.device) -> None:
+        rows = 1 + num_nodes
+        words = num_words(rows)
+        chain = torch.arange(rows, device=device)
+        self.max_nodes = num_nodes
+        # [S, N] int64
+        self.tokens = torch.zeros(slots, num_nodes, dtype=torch.int64, device=device)
+        # [S, 1 + N] int32: row of the parent, -1 for the root
+        self.parents = (chain - 1).to(torch.int32).repeat(slots, 1)
+        # [S, 1 + N] int32
+        self.depths = chain.to(torch.int32).repeat(slots, 1)
+        # [S, 1 + N] float32: cumulative log-probability
+        self.scores = torch.zeros(slots, rows, dtype=torch.float32, device=device)
+        # [S, 1 + N, W] int64: the row itself and its ancestors
+        self.bits = torch.zeros(slots, rows, words, dtype=torch.int64, device=device)
+        self.bits[:, chain, chain // 64] = torch.ones_like(chain) << (chain % 64)
+        # [S] int32: nodes that may be accepted
+        self.num_nodes = torch.zeros(slots, dtype=torch.int32, device=device)
+        # [S] int32: rows 1 .. spine_len are the spine
+        self.spine_len = torch.zeros(slots, dtype=torch.int32, device=device)
+        # [S] bool: verify this request on its spine only
+        self.spine_only = torch.zeros(slots, dtype=torch.bool, device=device)
+
+    def reset(self, slot: int, spine_only: bool) -> None:
+        """A new request takes the slot: what the previous one left there is not its tree."""
+        self.num_nodes[slot] = 0
+        self.spine_only[slot] = spine_only
+
+    def store(self, slots: torch.Tensor, tree: OrderedTree, valid: torch.Tensor) -> None:
+        """Keeps the batch's trees; ``slots`` [B] int64, ``valid`` [B] bool: there is a root."""
+        self.tokens[slots] = tree.tokens
+        self.parents[slots] = tree.parents
+        self.depths[slots] = tree.depths
+        self.scores[slots] = tree.scores
+        self.bits[slots] = tree.bits
+        self.spine_len[slots] = tree.spine_len
+        self.num_nodes[slots] = valid.to(torch.int32) * self.max_nodes
