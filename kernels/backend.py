@@ -24,7 +24,8 @@ def _interpreted() -> bool:
     # Deferred: asking which backend runs must work where triton is not installed.
     import triton
 
-    return bool(triton.knobs.runtime.interpret)
+    # Triton reads TRITON_INTERPRET while it is imported; its own library tells what it read.
+    return not isinstance(triton.language.zeros, triton.JITFunction)
 
 
 def use_triton(device: torch.device) -> bool:

@@ -12,16 +12,16 @@ Shape letters: T query rows of the batch, B requests, R most rows of a request, 
 H_kv key heads, D head size, W 64-bit words of tail bits.
 """
 
+# A Triton kernel annotates its constexpr arguments only.
+# ruff: noqa: ANN001, ANN202
+
+import math
+
 import torch
-
-
-def unpack_bits(
-    # [..., W] int64
-    bits: torch.Tensor,
-) -> torch.Tensor:
-    """Packed bits as booleans ``[..., 64 * W]``: ``j`` is bit ``j % 64`` of word ``j // 64``."""
-    shifts = torch.arange(64, device=bits.device)
-    return ((bits.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
+import triton
+import triton.language as tl
+from vllm_griffin.kernels.backend import use_triton
+from vllm_griffin.kernels.packed_bits import unpack_bits
 
 
 def tree_attention_reference(
@@ -60,10 +60,10 @@ def tree_attention_reference(
     places = torch.arange(1, used.shape[1] + 1, device=used.device)
     tail_lens = (used * places).amax(1)
 
-    sizes = (q_start, num_rows, prefix_lens, tail_start, tail_lens)
-    for b, (first, n, prefix, tail, tail_len) in enumerate(
-        zip(*(s.tolist() for s in sizes), strict=True)
-    ):
+    sizes = zip(
+        *(s.tolist() for s in (q_start, num_rows, prefix_lens, tail_start, tail_lens)), strict=True
+    )
+    for b, (first, n, prefix, tail, tail_len) in enumerate(sizes):
         if n == 0:
             continue
         blocks = block_table[b, : -(-prefix // block_size)]
@@ -118,6 +118,205 @@ def _attend(
     return values.reshape(num_rows, num_heads, head_dim)
 
 
+@triton.jit
+def _attend_block(
+    # [BLOCK_M, BLOCK_D]
+    q,
+    # [BLOCK_D, BLOCK_N]
+    k,
+    # [BLOCK_N, BLOCK_D]
+    v,
+    # [BLOCK_M, BLOCK_N]
+    visible,
+    scale_log2,
+    # [BLOCK_M]: highest score so far, base 2
+    top,
+    # [BLOCK_M]: sum of the weights so far
+    total,
+    # [BLOCK_M, BLOCK_D]: weighted sum of the values so far
+    acc,
+    UPCAST: tl.constexpr,
+):
+    """One step of the online softmax; returns the new (top, total, acc)."""
+    if UPCAST:
+        k, v = k.to(tl.float32), v.to(tl.float32)
+    scores = tl.dot(q, k, input_precision="ieee") * scale_log2
+    scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    # A row that has seen no key has the top -inf, and -inf - -inf would be NaN.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return new_top, total, acc
+
+
+@triton.jit
+def _tree_attention_kernel(
+    # [T, H, D]
+    q_ptr,
+    # [num_blocks, H_kv, block_size, D]
+    k_cache_ptr,
+    v_cache_ptr,
+    # [num_tail_rows, H_kv, D]
+    k_tail_ptr,
+    v_tail_ptr,
+    # [B, max_blocks]
+    block_table_ptr,
+    # [B]
+    prefix_lens_ptr,
+    q_start_ptr,
+    num_rows_ptr,
+    tail_start_ptr,
+    # [B, R, W]
+    tail_bits_ptr,
+    # [T, H, D]
+    out_ptr,
+    scale_log2,
+    q_token_stride,
+    q_head_stride,
+    k_block_stride,
+    k_head_stride,
+    k_token_stride,
+    k_dim_stride,
+    v_block_stride,
+    v_head_stride,
+    v_token_stride,
+    v_dim_stride,
+    k_tail_token_stride,
+    k_tail_head_stride,
+    v_tail_token_stride,
+    v_tail_head_stride,
+    block_table_stride,
+    bits_request_stride,
+    bits_row_stride,
+    bits_word_stride,
+    out_token_stride,
+    out_head_stride,
+    block_size,
+    head_dim,
+    num_tail_keys,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One program a request, block of rows and key head.
+
+    The query heads of the key head are rows of the block too, so keys are read once a group.
+    """
+    request = tl.program_id(0)
+    kv_head = tl.program_id(2).to(tl.int64)
+    num_rows = tl.load(num_rows_ptr + request)
+    if tl.program_id(1) * BLOCK_M >= num_rows * GROUP:
+        return
+    prefix_len = tl.load(prefix_lens_ptr + request)
+    tail_start = tl.load(tail_start_ptr + request).to(tl.int64)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, head = m // GROUP, kv_head * GROUP + m % GROUP
+    is_row = row < num_rows
+    d = tl.arange(0, BLOCK_D)
+    is_dim = d < head_dim
+    token = tl.load(q_start_ptr + request).to(tl.int64) + row
+    q_offset = (token * q_token_stride + head * q_head_stride)[:, None] + d[None, :]
+    q = tl.load(q_ptr + q_offset, mask=is_row[:, None] & is_dim[None, :], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    k_base = k_cache_ptr + kv_head * k_head_stride + d[:, None] * k_dim_stride
+    v_base = v_cache_ptr + kv_head * v_head_stride + d[None, :] * v_dim_stride
+    for start in range(0, prefix_len, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        cached = key < prefix_len
+        block = block_table_ptr + request * block_table_stride + key // block_size
+        block = tl.load(block, mask=cached, other=0).to(tl.int64)
+        k_offset = block * k_block_stride + (key % block_size) * k_token_stride
+        v_offset = block * v_block_stride + (key % block_size) * v_token_stride
+        k_mask = is_dim[:, None] & cached[None, :]
+        v_mask = cached[:, None] & is_dim[None, :]
+        k = tl.load(k_base + k_offset[None, :], mask=k_mask, other=0.0)
+        v = tl.load(v_base + v_offset[:, None], mask=v_mask, other=0.0)
+        top, total, acc = _attend_block(
+            q, k, v, cached[None, :], scale_log2, top, total, acc, UPCAST
+        )
+
+    bits_base = tail_bits_ptr + request * bits_request_stride + row * bits_row_stride
+    k_base = k_tail_ptr + kv_head * k_tail_head_stride + d[:, None]
+    v_base = v_tail_ptr + kv_head * v_tail_head_stride + d[None, :]
+    for start in range(0, num_tail_keys, BLOCK_N):
+        # BLOCK_N divides 64: a block of keys lies in one word.
+        word = tl.load(bits_base + (start // 64) * bits_word_stride, mask=is_row, other=0)
+        shift = (start % 64 + tl.arange(0, BLOCK_N)).to(tl.int64)
+        visible = ((word[:, None] >> shift[None, :]) & 1) != 0
+        # Keys that no row sees may lie out of bounds, or in memory nobody has written.
+        seen = tl.max(visible.to(tl.int32), axis=0) > 0
+        key = tail_start + start + tl.arange(0, BLOCK_N)
+        k_mask = is_dim[:, None] & seen[None, :]
+        v_mask = seen[:, None] & is_dim[None, :]
+        k = tl.load(k_base + (key * k_tail_token_stride)[None, :], mask=k_mask, other=0.0)
+        v = tl.load(v_base + (key * v_tail_token_stride)[:, None], mask=v_mask, other=0.0)
+        top, total, acc = _attend_block(q, k, v, visible, scale_log2, top, total, acc, UPCAST)
+
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_offset = (token * out_token_stride + head * out_head_stride)[:, None] + d[None, :]
+    tl.store(out_ptr + out_offset, acc, mask=is_row[:, None] & is_dim[None, :])
+
+
+def tree_attention_triton(
+    # [T, H, D]
+    q: torch.Tensor,
+    # [num_blocks, H_kv, block_size, D], any strides
+    k_cache: torch.Tensor,
+    # [num_blocks, H_kv, block_size, D], any strides
+    v_cache: torch.Tensor,
+    # [num_tail_rows, H_kv, D]
+    k_tail: torch.Tensor,
+    # [num_tail_rows, H_kv, D]
+    v_tail: torch.Tensor,
+    # [B, max_blocks] int32
+    block_table: torch.Tensor,
+    # [B] int32
+    prefix_lens: torch.Tensor,
+    # [B] int32
+    q_start: torch.Tensor,
+    # [B] int32
+    num_rows: torch.Tensor,
+    # [B] int32 or int64
+    tail_start: torch.Tensor,
+    # [B, R, W] int64
+    tail_bits: torch.Tensor,
+    scale: float,
+    # [T, H, D]
+    out: torch.Tensor,
+) -> None:
+    """`tree_attention` in one launch."""
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    batch, max_rows, words = tail_bits.shape
+    group = q.shape[1] // num_kv_heads
+    block_m = min(64, max(16, triton.next_power_of_2(max_rows * group)))
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    if batch == 0 or max_rows == 0:
+        return
+    _tree_attention_kernel[(batch, triton.cdiv(max_rows * group, block_m), num_kv_heads)](
+        q, k_cache, v_cache, k_tail, v_tail, block_table, prefix_lens, q_start, num_rows,
+        tail_start, tail_bits, out, scale * math.log2(math.e),
+        *q.stride()[:2], *k_cache.stride(), *v_cache.stride(),
+        *k_tail.stride()[:2], *v_tail.stride()[:2],
+        block_table.stride(0), *tail_bits.stride(), *out.stride()[:2],
+        block_size, head_dim, 64 * words,
+        GROUP=group, BLOCK_M=block_m, BLOCK_N=64 if q.itemsize == 2 else 32, BLOCK_D=block_d,
+        # The interpreter multiplies bfloat16 as the integers it keeps them in.
+        UPCAST=not q.is_cuda,
+        # Two stages of keys and values must fit in the shared memory of small GPUs.
+        num_stages=2 if block_d * q.itemsize <= 512 else 1,
+    )  # fmt: skip
+
+
 def tree_attention(
     # [T, H, D], last dimension contiguous
     q: torch.Tensor,
@@ -161,7 +360,8 @@ def tree_attention(
         scale: Factor on the scores, usually ``D ** -0.5``.
         out: Result, written in place.
     """
-    tree_attention_reference(
+    op = tree_attention_triton if use_triton(q.device) else tree_attention_reference
+    op(
         q, k_cache, v_cache, k_tail, v_tail, block_table, prefix_lens,
         q_start, num_rows, tail_start, tail_bits, scale, out,
     )  # fmt: skip

@@ -1,20 +1,45 @@
-"""Growing a draft tree by one level, and choosing and ordering its nodes for verification.
+"""Growing a draft tree by one level.
 
-Both ops know tokens, parents and scores only. The score of a node is the cumulative
-log-probability of its path, so it never exceeds its parent's; NaN counts as -inf. All choices are
-by (score descending, index ascending), which puts a parent before its child even when their
-scores are equal.
+    score[f, k] = frontier score[f] + min(log-probability[f, k], 0)
+    next frontier = the ``width`` best candidates by (score descending, index ascending)
 
-The method is EAGLE-2's (arXiv 2406.16858): a frontier of the best nodes is expanded level by level,
-then the N best of all candidates are verified.
+A frontier of the best nodes is expanded level by level, then the best of all candidates are
+verified (`order_tree`, to be found here too); both know tokens, parents and scores only. A child's
+score never exceeds its parent's; NaN counts as -inf. The method is EAGLE-2's (arXiv 2406.16858,
+section 4.1).
 
-Shape letters: B requests, F nodes of the frontier, K children per node, W 64-bit words of bits,
-P candidates in the pool, N drafted nodes, root not counted.
+Shape letters: B requests, F nodes of the frontier, K children per node, W 64-bit words of bits.
 """
+
+# A Triton kernel annotates its constexpr arguments only.
+# ruff: noqa: ANN001, ANN202
 
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
+from vllm_griffin.kernels.backend import use_triton
+from vllm_griffin.kernels.packed_bits import one_hot_bits
+from vllm_griffin.kernels.tree_order import (
+    OrderedTree,
+    count_better,
+    nan_to_minus_inf,
+    order_tree,
+    order_tree_reference,
+    order_tree_triton,
+)
+
+__all__ = [
+    "AdvancedFrontier",
+    "OrderedTree",
+    "advance_frontier",
+    "advance_frontier_reference",
+    "advance_frontier_triton",
+    "order_tree",
+    "order_tree_reference",
+    "order_tree_triton",
+]
 
 
 class AdvancedFrontier(NamedTuple):
@@ -34,42 +59,6 @@ class AdvancedFrontier(NamedTuple):
     bits: torch.Tensor
 
 
-class OrderedTree(NamedTuple):
-    """The verified tree. Row 0 is the root; every prefix of the rows is a tree too."""
-
-    # [B, N] int64: token of rows 1 .. N
-    tokens: torch.Tensor
-    # [B, 1 + N] int32: parent's row, -1 for the root
-    parents: torch.Tensor
-    # [B, 1 + N] int32: 0 for the root
-    depths: torch.Tensor
-    # [B, 1 + N] float32: 0 for the root
-    scores: torch.Tensor
-    # [B, 1 + N, ceil((1 + N) / 64)] int64: bit j of row i = row j is an ancestor of row i, or i
-    bits: torch.Tensor
-    # [B] int32: rows 1 .. spine_len are the spine
-    spine_len: torch.Tensor
-
-
-def num_words(num_bits: int) -> int:
-    """64-bit words that hold ``num_bits`` bits."""
-    return -(-num_bits // 64)
-
-
-def _one_hot_bits(
-    # [n] int64
-    places: torch.Tensor,
-    words: int,
-) -> torch.Tensor:
-    """``[n, words]`` int64 with bit ``places[i]`` set in row ``i``."""
-    bits = places.new_zeros(len(places), words)
-    return bits.scatter_(1, (places // 64).unsqueeze(1), (1 << (places % 64)).unsqueeze(1))
-
-
-def _nan_to_minus_inf(x: torch.Tensor) -> torch.Tensor:
-    return torch.where(x.isnan(), float("-inf"), x)
-
-
 def advance_frontier_reference(
     # [B, F, K] float32
     child_logprobs: torch.Tensor,
@@ -86,10 +75,10 @@ def advance_frontier_reference(
     num_children = child_logprobs.shape[2]
     words = frontier_bits.shape[2]
     scores = frontier_scores.unsqueeze(2) + child_logprobs.clamp(max=0.0)
-    scores = _nan_to_minus_inf(scores).flatten(1)
+    scores = nan_to_minus_inf(scores).flatten(1)
     picks = scores.argsort(dim=1, descending=True, stable=True)[:, :width]
     parents = picks // num_children
-    own = _one_hot_bits(torch.arange(first_bit, first_bit + width, device=picks.device), words)
+    own = one_hot_bits(torch.arange(first_bit, first_bit + width, device=picks.device), words)
     inherited = frontier_bits.gather(1, parents.unsqueeze(2).expand(-1, -1, words))
     return AdvancedFrontier(
         scores=scores,
@@ -101,89 +90,110 @@ def advance_frontier_reference(
     )
 
 
-def order_tree_reference(
-    # [B, P] int64
-    pool_tokens: torch.Tensor,
-    # [B, P] float32
-    pool_scores: torch.Tensor,
-    # [B, P] int32
-    pool_parents: torch.Tensor,
-    # [P] int32
-    pool_depths: torch.Tensor,
-    num_nodes: int,
-    max_depth: int,
-) -> OrderedTree:
-    """`order_tree` with torch."""
-    batch, pool_size = pool_scores.shape
-    scores = _nan_to_minus_inf(pool_scores)
-    chosen = scores.argsort(dim=1, descending=True, stable=True)[:, :num_nodes]
-    parents = pool_parents.long().gather(1, chosen)
-    spine_rank, spine_len = _spine(chosen, parents, max_depth)
-    nodes = chosen.gather(1, spine_rank.argsort(dim=1))
+@triton.jit
+def _candidate_scores(logprobs_ptr, frontier_scores_ptr, index, valid, num_children):
+    logprobs = tl.load(logprobs_ptr + index, mask=valid, other=float("-inf"))
+    frontier = tl.load(frontier_scores_ptr + index // num_children, mask=valid, other=0.0)
+    # A comparison with NaN is false, so that NaN survives this and is seen in the sum.
+    scores = frontier + tl.where(logprobs > 0.0, 0.0, logprobs)
+    return tl.where(scores == scores, scores, float("-inf"))
 
-    # Pool index -1 (the root) is entry 0 of the map from pool index to row.
-    row_of = chosen.new_zeros(batch, 1 + pool_size)
-    rows = torch.arange(1, 1 + num_nodes, device=nodes.device).expand_as(nodes)
-    row_of.scatter_(1, nodes + 1, rows)
-    parent_rows = row_of.gather(1, pool_parents.long().gather(1, nodes) + 1)
-    return OrderedTree(
-        tokens=pool_tokens.gather(1, nodes),
-        parents=_with_root(parent_rows.int(), -1),
-        depths=_with_root(pool_depths.int()[nodes], 0),
-        scores=_with_root(scores.gather(1, nodes), 0.0),
-        bits=_ancestor_bits(_with_root(parent_rows, 0), max_depth),
-        spine_len=spine_len.int(),
+
+@triton.jit
+def _advance_kernel(
+    # [B, F * K]
+    logprobs_ptr,
+    child_tokens_ptr,
+    # [B, F]
+    frontier_scores_ptr,
+    # [B, F, W]
+    frontier_bits_ptr,
+    # [B, F * K]
+    scores_ptr,
+    # [B, width]
+    tokens_ptr,
+    next_scores_ptr,
+    parents_ptr,
+    picks_ptr,
+    # [B, width, W]
+    bits_ptr,
+    first_bit,
+    width,
+    frontier_size,
+    num_children,
+    num_words,
+    BLOCK: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Each candidate counts the better ones; a rank below ``width`` is its place in the result."""
+    request = tl.program_id(0)
+    size = frontier_size * num_children
+    logprobs_ptr += request * size
+    frontier_scores_ptr += request * frontier_size
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = index < size
+    scores = _candidate_scores(logprobs_ptr, frontier_scores_ptr, index, valid, num_children)
+    tl.store(scores_ptr + request * size + index, scores, mask=valid)
+    rank = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, size, BLOCK_OTHERS):
+        others = start + tl.arange(0, BLOCK_OTHERS)
+        other_scores = _candidate_scores(
+            logprobs_ptr, frontier_scores_ptr, others, others < size, num_children
+        )
+        rank += count_better(scores, index, other_scores, others)
+
+    keep = valid & (rank < width)
+    out = request * width + rank
+    parent = index // num_children
+    token = tl.load(child_tokens_ptr + request * size + index, mask=keep, other=0)
+    tl.store(tokens_ptr + out, token, mask=keep)
+    tl.store(next_scores_ptr + out, scores, mask=keep)
+    tl.store(parents_ptr + out, parent, mask=keep)
+    tl.store(picks_ptr + out, index, mask=keep)
+
+    word = tl.arange(0, WORDS)
+    mask = keep[:, None] & (word < num_words)[None, :]
+    inherited = (request * frontier_size + parent)[:, None] * num_words + word[None, :]
+    bits = tl.load(frontier_bits_ptr + inherited, mask=mask, other=0)
+    place = first_bit + rank
+    bit = tl.full([BLOCK, WORDS], 1, tl.int64) << (place % 64)[:, None].to(tl.int64)
+    bits |= tl.where(word[None, :] == (place // 64)[:, None], bit, 0)
+    tl.store(bits_ptr + out[:, None] * num_words + word[None, :], bits, mask=mask)
+
+
+def advance_frontier_triton(
+    # [B, F, K] float32
+    child_logprobs: torch.Tensor,
+    # [B, F, K] int64
+    child_tokens: torch.Tensor,
+    # [B, F] float32
+    frontier_scores: torch.Tensor,
+    # [B, F, W] int64
+    frontier_bits: torch.Tensor,
+    first_bit: int,
+    width: int,
+) -> AdvancedFrontier:
+    """`advance_frontier` in one launch."""
+    batch, frontier_size, num_children = child_logprobs.shape
+    words = frontier_bits.shape[2]
+    size = frontier_size * num_children
+    indices = child_tokens.new_empty(2, batch, width, dtype=torch.int32)
+    frontier = AdvancedFrontier(
+        scores=child_logprobs.new_empty(batch, size),
+        tokens=child_tokens.new_empty(batch, width),
+        next_scores=child_logprobs.new_empty(batch, width),
+        parents=indices[0],
+        picks=indices[1],
+        bits=frontier_bits.new_empty(batch, width, words),
     )
-
-
-def _with_root(x: torch.Tensor, value: float) -> torch.Tensor:
-    """``[B, N]`` to ``[B, 1 + N]`` with ``value`` for the root."""
-    return torch.nn.functional.pad(x, (1, 0), value=value)
-
-
-def _spine(
-    # [B, N] int64: pool indices by falling score
-    chosen: torch.Tensor,
-    # [B, N] int64: pool indices of their parents
-    parents: torch.Tensor,
-    max_depth: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sort keys ``[B, N]`` that put the spine first, and the spine's length ``[B]``.
-
-    ``chosen`` is sorted, so the first child of a node found in it is its best.
-    """
-    batch, num_nodes = chosen.shape
-    places = torch.arange(num_nodes, device=chosen.device)
-    keys = (num_nodes + places).repeat(batch, 1)
-    length = chosen.new_zeros(batch)
-    tip = chosen.new_full((batch, 1), -1)
-    for step in range(min(max_depth, num_nodes)):
-        is_child = parents == tip
-        best = is_child.int().argmax(1, keepdim=True)
-        found = is_child.any(1, keepdim=True)
-        keys = torch.where(found & (places == best), step, keys)
-        length += found.squeeze(1)
-        # No node has the parent -2: a spine that ended stays ended.
-        tip = torch.where(found, chosen.gather(1, best), -2)
-    return keys, length
-
-
-def _ancestor_bits(
-    # [B, 1 + N] int64, 0 for the root
-    parent_rows: torch.Tensor,
-    max_depth: int,
-) -> torch.Tensor:
-    """``[B, 1 + N, W]`` int64: each row's ancestors and itself."""
-    num_rows = parent_rows.shape[1]
-    words = num_words(num_rows)
-    rows = torch.arange(num_rows, device=parent_rows.device)
-    own = _one_hot_bits(rows, words)
-    ancestor = rows.expand_as(parent_rows)
-    bits = own[ancestor]
-    for _ in range(max_depth):
-        ancestor = parent_rows.gather(1, ancestor)
-        bits |= own[ancestor]
-    return bits
+    _advance_kernel[(batch, triton.cdiv(size, 64))](
+        child_logprobs.contiguous(), child_tokens.contiguous(),
+        frontier_scores.contiguous(), frontier_bits.contiguous(), *frontier,
+        first_bit, width, frontier_size, num_children, words,
+        BLOCK=64, BLOCK_OTHERS=128, WORDS=triton.next_power_of_2(words),
+    )  # fmt: skip
+    return frontier
 
 
 def advance_frontier(
@@ -211,37 +221,7 @@ def advance_frontier(
         first_bit: Place of the next frontier's first node in that buffer.
         width: Size of the next frontier, at most ``F * K``.
     """
-    return advance_frontier_reference(
-        child_logprobs, child_tokens, frontier_scores, frontier_bits, first_bit, width
+    op = (
+        advance_frontier_triton if use_triton(child_logprobs.device) else advance_frontier_reference
     )
-
-
-def order_tree(
-    # [B, P] int64
-    pool_tokens: torch.Tensor,
-    # [B, P] float32
-    pool_scores: torch.Tensor,
-    # [B, P] int32
-    pool_parents: torch.Tensor,
-    # [P] int32
-    pool_depths: torch.Tensor,
-    num_nodes: int,
-    max_depth: int,
-) -> OrderedTree:
-    """Choose the ``num_nodes`` best of the pool and order them spine first.
-
-    The spine runs from the root to the best-scored chosen child until there is none. The other
-    nodes follow by (score descending, pool index ascending), so a parent's row always precedes
-    its child's and every prefix of the rows is a tree.
-
-    Args:
-        pool_tokens: Tokens of the candidates.
-        pool_scores: Cumulative log-probabilities; a parent's is at least its child's.
-        pool_parents: Pool index of the parent, smaller than the child's own; -1 = the root.
-        pool_depths: Depth of each candidate, 1 for children of the root.
-        num_nodes: N, at most ``P``.
-        max_depth: Largest depth in the pool.
-    """
-    return order_tree_reference(
-        pool_tokens, pool_scores, pool_parents, pool_depths, num_nodes, max_depth
-    )
+    return op(child_logprobs, child_tokens, frontier_scores, frontier_bits, first_bit, width)
