@@ -109,13 +109,13 @@ class TraceWriter:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - kept open
+        # Unbuffered: what is given to one write stays together.
+        self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115 - kept open
 
     def write(self, records: Iterable[TraceRecord]) -> None:
         text = "".join(json.dumps(asdict(record)) + "\n" for record in records)
         if text:
-            self._file.write(text)
-            self._file.flush()
+            self._file.write(text.encode())
 
     def close(self) -> None:
         self._file.close()

@@ -18,7 +18,7 @@ from typing import Any
 _logger = logging.getLogger("vllm.griffin.cpu")
 
 _FAILS = "fails in Triton's interpreter"
-_SLOW = "takes most of a step in Triton's interpreter"
+_SLOW = "is a large part of a step in Triton's interpreter"
 _UNTIL_TRITON_CPU = "triton-cpu is published, so that nothing is interpreted"
 _UNTIL_FIXED = "the kernel runs in the interpreter (a test tells), or triton-cpu is published"
 
@@ -44,25 +44,35 @@ class Patch:
 _GPU = "vllm.v1.worker.gpu"
 _TWINS = "vllm_griffin.cpu.twins"
 
+# Module of vLLM, the twins' module, and the names that both have.
+_SLOW_KERNELS = (
+    ("sample.gumbel", "gumbel", ("gumbel_sample",)),
+    ("sample.gumbel", "sampling", ("apply_temperature",)),
+    ("sample.min_p", "sampling", ("apply_min_p",)),
+    ("sample.penalties", "sampling", ("apply_penalties",)),
+    ("sample.logprob", "sampling", ("compute_token_logprobs",)),
+    ("spec_decode.rejection_sampler_utils", "rejection", ("rejection_sample",)),
+    (
+        "input_batch",
+        "batch",
+        (
+            "prepare_prefill_inputs",
+            "prepare_pos_seq_lens",
+            "combine_sampled_and_draft_tokens",
+            "get_num_sampled_and_rejected",
+            "post_update",
+            "expand_idx_mapping",
+        ),
+    ),
+    (
+        "block_table",
+        "batch",
+        ("BlockTables.gather_block_tables", "BlockTables.compute_slot_mappings"),
+    ),
+    ("buffer_utils", "batch", ("StagedWriteTensor.apply_write",)),
+)
+
 CATALOGUE = (
-    Patch(
-        f"{_GPU}.sample.gumbel:gumbel_sample",
-        f"{_TWINS}.gumbel:gumbel_sample",
-        _SLOW,
-        _UNTIL_TRITON_CPU,
-    ),
-    Patch(
-        f"{_GPU}.sample.gumbel:apply_temperature",
-        f"{_TWINS}.sampling:apply_temperature",
-        _SLOW,
-        _UNTIL_TRITON_CPU,
-    ),
-    Patch(
-        f"{_GPU}.sample.min_p:apply_min_p",
-        f"{_TWINS}.sampling:apply_min_p",
-        _SLOW,
-        _UNTIL_TRITON_CPU,
-    ),
     Patch(
         "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
         f"{_TWINS}.sampling:apply_top_k_top_p",
@@ -75,11 +85,15 @@ CATALOGUE = (
         _FAILS,
         _UNTIL_FIXED,
     ),
-    Patch(
-        f"{_GPU}.spec_decode.rejection_sampler_utils:rejection_sample",
-        f"{_TWINS}.rejection:rejection_sample",
-        _SLOW,
-        _UNTIL_TRITON_CPU,
+    *(
+        Patch(
+            f"{_GPU}.{module}:{name}",
+            f"{_TWINS}.{twin}:{name.rpartition('.')[2]}",
+            _SLOW,
+            _UNTIL_TRITON_CPU,
+        )
+        for module, twin, names in _SLOW_KERNELS
+        for name in names
     ),
 )
 
@@ -105,9 +119,10 @@ def apply() -> None:
     _hook = hook
 
 
-def original(twin: str) -> Any:
-    """What vLLM had where ``twin`` (``module:attribute``) stands now."""
-    patch = next(patch for patch in CATALOGUE if patch.twin == twin)
+def original(twin: Callable[..., Any]) -> Any:
+    """What vLLM had where ``twin``, a function of the catalogue, stands now."""
+    name = f"{twin.__module__}:{twin.__name__}"
+    patch = next(patch for patch in CATALOGUE if patch.twin == name)
     importlib.import_module(patch.target.partition(":")[0])
     return _originals[patch.target]
 
@@ -141,8 +156,9 @@ class _ReplaceOnImport(MetaPathFinder):
 
 
 def _replace(module: ModuleType, patch: Patch) -> None:
-    name = patch.target.partition(":")[2]
-    found = getattr(module, name, None)
+    owner_name, _, name = patch.target.partition(":")[2].rpartition(".")
+    owner = getattr(module, owner_name) if owner_name else module
+    found = getattr(owner, name, None)
     twin_module, _, twin_name = patch.twin.partition(":")
     twin = getattr(importlib.import_module(twin_module), twin_name)
     if found is None or _parameters(found) != _parameters(twin):
@@ -155,7 +171,7 @@ def _replace(module: ModuleType, patch: Patch) -> None:
 
         twin = KernelOverride(found, twin)
     _originals[patch.target] = found
-    setattr(module, name, twin)
+    setattr(owner, name, twin)
     _logger.debug("replaced %s: it %s", patch.target, patch.reason)
 
 

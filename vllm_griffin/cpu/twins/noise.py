@@ -106,7 +106,7 @@ def _uniform64(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def _log1p_neg(value: np.ndarray) -> np.ndarray:
     """``log(1 - value)`` in float32, by a series below 1/4."""
-    series = np.float32(1 / 8)
+    series = np.full_like(value, 1 / 8)
     for denominator in (7, 6, 5, 4, 3, 2, 1):
         series = np.float32(1 / denominator) + value * series
     direct = np.log(np.maximum(np.float32(1) - value, np.float32(2.0**-24)))

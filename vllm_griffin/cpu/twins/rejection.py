@@ -55,7 +55,7 @@ def rejection_sample(
     if use_block_verification or contexts is not None:
         from vllm_griffin.cpu.patches import original
 
-        return original(f"{rejection_sample.__module__}:rejection_sample")(
+        return original(rejection_sample)(
             target_logits,
             draft_logits,
             draft_sampled,

@@ -24,6 +24,52 @@ def apply_min_p(
     logits.masked_fill_(logits < cut[:, None], float("-inf"))
 
 
+def apply_penalties(
+    logits: torch.Tensor,  # [num_tokens, vocab_size], float32
+    expanded_idx_mapping: torch.Tensor,  # [num_tokens]
+    token_ids: torch.Tensor,  # [num_tokens]
+    expanded_local_pos: torch.Tensor,  # [num_tokens]
+    repetition_penalty: torch.Tensor,  # [max_num_reqs]
+    frequency_penalty: torch.Tensor,  # [max_num_reqs]
+    presence_penalty: torch.Tensor,  # [max_num_reqs]
+    prompt_bin_mask: torch.Tensor,  # [max_num_reqs, ceil(vocab_size / 32)] bits
+    output_bin_counts: torch.Tensor,  # [max_num_reqs, vocab_size]
+) -> None:
+    """Applies the three penalties in place; a draft row counts the drafts before it as output."""
+    vocab_size = logits.shape[1]
+    bits = torch.arange(32, dtype=torch.int32)
+    slots, local = expanded_idx_mapping.tolist(), expanded_local_pos.tolist()
+    for row, (slot, pos) in enumerate(zip(slots, local, strict=True)):
+        repetition, frequency, presence = (
+            penalty[slot].float()
+            for penalty in (repetition_penalty, frequency_penalty, presence_penalty)
+        )
+        if repetition == 1.0 and frequency == 0.0 and presence == 0.0:
+            continue
+        counts = output_bin_counts[slot, :vocab_size].clone()
+        drafts = token_ids[row - pos + 1 : row + 1].long()
+        drafts = drafts[drafts >= 0]
+        counts.index_add_(0, drafts, torch.ones_like(drafts, dtype=counts.dtype))
+        seen = counts > 0
+        if repetition != 1.0:
+            words = prompt_bin_mask[slot]
+            in_prompt = ((words[:, None] >> bits) & 1).flatten()[:vocab_size].bool()
+            scale = torch.where(in_prompt | seen, repetition, 1.0)
+            logits[row] *= torch.where(logits[row] > 0, 1.0 / scale, scale)
+        logits[row] -= frequency * counts
+        logits[row] -= presence * seen
+
+
+def compute_token_logprobs(
+    logits: torch.Tensor,  # [num_rows, vocab_size]
+    token_ids: torch.Tensor,  # [num_rows, num_tokens]
+) -> torch.Tensor:
+    """Log-probabilities ``[num_rows, num_tokens]`` of the given tokens, float32."""
+    chosen = logits.gather(1, token_ids.long()).float()
+    top = logits.amax(dim=-1, keepdim=True).float()
+    return chosen - top - (logits.float() - top).exp_().sum(dim=-1, keepdim=True).log()
+
+
 def apply_top_k_top_p(
     logits: torch.Tensor,  # [num_tokens, vocab_size]
     k: torch.Tensor | None,  # [num_tokens]
