@@ -134,7 +134,7 @@ class DraftAttention(nn.Module):
         table = self.rotary_emb.cos_sin_cache.shape[0]
         if table < max_position:
             raise ValueError(
-                f"{config.source}: rope type {config.rope_parameters['rope_type']!r} covers {table} "
+                f"{config.source}: its rope ({config.rope_parameters['rope_type']}) covers {table} "
                 f"positions, the engine's max_model_len is {max_position}"
             )
         self.attn = Attention(
