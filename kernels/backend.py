@@ -20,7 +20,8 @@ def _choice() -> str:
     return choice
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether kernels decorated from now on run in Triton's interpreter."""
     # Deferred: asking which backend runs must work where triton is not installed.
     import triton
 
@@ -38,7 +39,7 @@ def use_triton(device: torch.device) -> bool:
     choice = _choice()
     if choice == "auto":
         return device.type == "cuda"
-    if choice == "triton" and device.type != "cuda" and not _interpreted():
+    if choice == "triton" and device.type != "cuda" and not interpreted():
         raise RuntimeError(
             f"{ENV}=triton on {device.type} tensors runs in Triton's interpreter: set "
             f"TRITON_INTERPRET=1 before the process starts, or {ENV}=torch"
@@ -50,4 +51,4 @@ def describe(device: torch.device) -> str:
     """Name of the implementation that runs on ``device``, for logs and reports."""
     if not use_triton(device):
         return "torch references"
-    return "Triton kernels in the interpreter" if _interpreted() else "Triton kernels"
+    return "Triton kernels in the interpreter" if interpreted() else "Triton kernels"

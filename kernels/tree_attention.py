@@ -20,7 +20,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from vllm_griffin.kernels.backend import use_triton
+from vllm_griffin.kernels.backend import interpreted, use_triton
 from vllm_griffin.kernels.packed_bits import unpack_bits
 
 
@@ -298,8 +298,10 @@ def tree_attention_triton(
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     batch, max_rows, words = tail_bits.shape
     group = q.shape[1] // num_kv_heads
-    block_m = min(64, max(16, triton.next_power_of_2(max_rows * group)))
     block_d = max(16, triton.next_power_of_2(head_dim))
+    # Larger accumulators than this spill registers, and take minutes to compile in float32.
+    largest = 16384 // (block_d * q.itemsize)
+    block_m = max(16, min(64, largest, triton.next_power_of_2(max_rows * group)))
     if batch == 0 or max_rows == 0:
         return
     _tree_attention_kernel[(batch, triton.cdiv(max_rows * group, block_m), num_kv_heads)](
@@ -311,9 +313,9 @@ def tree_attention_triton(
         block_size, head_dim, 64 * words,
         GROUP=group, BLOCK_M=block_m, BLOCK_N=64 if q.itemsize == 2 else 32, BLOCK_D=block_d,
         # The interpreter multiplies bfloat16 as the integers it keeps them in.
-        UPCAST=not q.is_cuda,
+        UPCAST=interpreted(),
         # Two stages of keys and values must fit in the shared memory of small GPUs.
-        num_stages=2 if block_d * q.itemsize <= 512 else 1,
+        num_stages=2 if block_d * q.itemsize < 512 else 1,
     )  # fmt: skip
 
 

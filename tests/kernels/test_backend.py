@@ -15,7 +15,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     [(None, False, True), ("auto", False, True), ("torch", False, False), ("triton", True, True)],
 )
 def test_choice(monkeypatch, choice, on_cpu, on_cuda):
-    monkeypatch.setattr(backend, "_interpreted", lambda: True)
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
     monkeypatch.delenv(backend.ENV, raising=False)
     if choice is not None:
         monkeypatch.setenv(backend.ENV, choice)
@@ -31,7 +31,7 @@ def test_unknown_choice_names_variable_and_values(monkeypatch):
 
 def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.setenv(backend.ENV, "triton")
-    monkeypatch.setattr(backend, "_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         backend.use_triton(CPU)
     assert backend.use_triton(CUDA)
@@ -47,7 +47,7 @@ def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
 )
 def test_describe(monkeypatch, choice, interpreted, name):
     monkeypatch.setenv(backend.ENV, choice)
-    monkeypatch.setattr(backend, "_interpreted", lambda: interpreted)
+    monkeypatch.setattr(backend, "interpreted", lambda: interpreted)
     assert backend.describe(CUDA) == name
 
 

@@ -1,0 +1,36 @@
+"""Every kernel compiles for CUDA, which the interpreter does not prove."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton.backends import backends
+
+KERNELS = {
+    "_advance_kernel",
+    "_arrange_kernel",
+    "_choose_kernel",
+    "_compact_kernel",
+    "_emit_kernel",
+    "_fusion_norms_kernel",
+    "_tree_attention_kernel",
+    "_walk_kernel",
+}
+# Shared memory of one program on the smallest data-centre and desktop GPUs since Ampere, bytes.
+SHARED_MEMORY = 99 * 1024
+
+
+@pytest.mark.skipif("nvidia" not in backends, reason="this Triton has no CUDA compiler")
+def test_kernels_compile_for_cuda(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = Path(__file__).with_name("compile_kernels.py")
+    run = subprocess.run(
+        [sys.executable, str(script), "80"], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    shared = [line.split() for line in run.stdout.splitlines()]
+    assert {name for name, _ in shared} == KERNELS
+    assert all(int(size) <= SHARED_MEMORY for _, size in shared), run.stdout
