@@ -30,9 +30,7 @@ def test_first_tree_equals_the_published_codes(case: str, tmp_path: Path) -> Non
     greedy = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False)
     trace = tmp_path / "trace.jsonl"
     with engine(f"golden-{case}", spec, trace=trace) as llm:
-        requests = [
-            Request(str(j), p["input_ids"].tolist(), greedy) for j, p in enumerate(prompts)
-        ]
+        requests = [Request(str(j), p["input_ids"].tolist(), greedy) for j, p in enumerate(prompts)]
         run(llm, requests)
     first = {r.request_id: r for r in read_trace(trace) if r.step == 0}
     excused = 0
@@ -41,9 +39,7 @@ def test_first_tree_equals_the_published_codes(case: str, tmp_path: Path) -> Non
         assert record.tokens[0] == expected["root"].item()
         assert record.position == len(expected["input_ids"])
         ours = tree_paths(record.tokens, record.parents)
-        theirs = tree_paths(
-            expected["tree_tokens"].tolist(), expected["tree_parents"].tolist()
-        )
+        theirs = tree_paths(expected["tree_tokens"].tolist(), expected["tree_parents"].tolist())
         # A path that only one tree has must tie with the worst node that was kept.
         worst = min(record.scores)
         score = dict(zip(_paths_in_order(record), record.scores, strict=True))

@@ -118,7 +118,7 @@ def test_reused_slots_do_not_inherit_trees() -> None:
         params = SamplingParams(**(COMMON | {"temperature": 0, "max_tokens": 1 + 3 * (i % 4)}))
         # A prompt of one block and one token: its last token is scheduled with placeholder drafts.
         length = (33, 65, 7)[i % 3]
-        prompt = requests[0].prompt[:32] + [9 + i] if i and length == 33 else None
+        prompt = [*requests[0].prompt[:32], 9 + i] if i and length == 33 else None
         prompt = prompt or random_prompt(generator, length, VOCABULARY)
         requests.append(Request(f"slot-{i}", prompt, params, arrival=2 * i))
     limits = {"max_num_seqs": 2, "block_size": 32, "enable_prefix_caching": True}
