@@ -43,11 +43,16 @@ TOLERANCES = [
 
 
 def random_bits(num_rows: int, num_tail: int, words: int) -> torch.Tensor:
-    """Each row sees itself (as one of the last tail keys) and a random half of those before."""
+    """Each row sees itself (one of the last tail keys) and a random half of those before.
+
+    Keys that belong to no row are left unseen now and then, as in a scratch buffer.
+    """
     bits = torch.zeros(num_rows, words, dtype=torch.int64)
+    first_own = num_tail - num_rows
     for i in range(num_rows):
-        own = num_tail - num_rows + i
-        for j in [*(torch.randperm(own)[: own // 2].tolist() if own else []), own]:
+        earlier = [j for j in range(first_own + i) if j >= first_own or j % 5 != 2]
+        half = torch.randperm(len(earlier))[: len(earlier) // 2].tolist()
+        for j in [*(earlier[x] for x in half), first_own + i]:
             word = int(bits[i, j // 64]) | (1 << (j % 64))
             bits[i, j // 64] = word - (1 << 64) if word >= 1 << 63 else word
     return bits

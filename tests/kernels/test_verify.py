@@ -36,17 +36,32 @@ def random_trees(rng: random.Random, num_slots: int, n: int) -> dict[str, torch.
     }
 
 
+def draws(rng: random.Random, tokens: list[int], parents: list[int]) -> list[int]:
+    """A draw at every row, mostly the token of one of its children: walks go deep."""
+    sampled = []
+    for row in range(len(parents)):
+        children = [tokens[c - 1] for c in range(1, len(parents)) if parents[c] == row]
+        sampled.append(rng.choice([*children * 3, rng.randrange(3)]))
+    return sampled
+
+
 def build(seed: int, n: int, batch: int, max_path: int, with_invalid: bool) -> dict:
     rng = random.Random(seed)
     slots = batch + 3
+    x = random_trees(rng, slots, n)
+    idx_mapping = rng.sample(range(slots), batch)
     # Full, trimmed, without a tree.
     rows = [rng.choice([1, 1 + rng.randrange(n + 1), 1 + n, 1 + n]) for _ in range(batch)]
-    length = sum(rows)
-    x = random_trees(rng, slots, n) | {
-        "sampled": torch.tensor([rng.randrange(3) for _ in range(length)]),
+    sampled = [
+        token
+        for slot, num_rows in zip(idx_mapping, rows, strict=True)
+        for token in draws(rng, x["tokens"][slot].tolist(), x["parents"][slot].tolist())[:num_rows]
+    ]
+    x |= {
+        "sampled": torch.tensor(sampled),
         "cu_num_logits": torch.tensor([0, *rows]).cumsum(0).int(),
-        "idx_mapping": torch.tensor(rng.sample(range(slots), batch)),
-        "invalid": torch.tensor([rng.random() < 0.2 for _ in range(length)]),
+        "idx_mapping": torch.tensor(idx_mapping),
+        "invalid": torch.tensor([rng.random() < 0.2 for _ in sampled]),
     }
     x = {name: t.to(DEVICE) for name, t in x.items()}
     return x | {"max_path": max_path, "invalid": x["invalid"] if with_invalid else None}
@@ -100,6 +115,19 @@ def test_empty_request_accepts_nothing(op):
     walk = op(**x)
     assert walk.num_accepted[[0, -1]].tolist() == [0, 0]
     assert walk.tokens[[0, -1]].sum() == 0
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_spine_only_requests_stay_on_their_spine(op):
+    # Two requests, one tree: rows 1 and 2 are the spine, row 3 is the root's other child.
+    x = build(0, 3, 2, 4, with_invalid=False)
+    x["parents"][:], x["tokens"][:] = torch.tensor([-1, 0, 1, 0]), torch.tensor([5, 6, 7])
+    x["num_nodes"][:], x["spine_len"][:], x["spine_only"][:] = 3, 2, False
+    x["spine_only"][x["idx_mapping"][1]] = True
+    x["cu_num_logits"] = x["cu_num_logits"].new_tensor([0, 4, 8])
+    for draws_at_rows, accepted in (([7, 0, 0, 1], [2, 1]), ([5, 6, 1, 0], [3, 3])):
+        x["sampled"] = x["sampled"].new_tensor(draws_at_rows * 2)
+        assert op(**x).num_accepted.tolist() == accepted
 
 
 @pytest.mark.parametrize("op", OPS)
