@@ -71,8 +71,15 @@ class PlainDraft:
     """The network of the method's description over a dict of weights, one causal sequence."""
 
     def __init__(self, raw_config: dict, weights: dict[str, torch.Tensor]) -> None:
-        self.config = DraftConfig.from_dict(raw_config, "config.json")
+        # Read here once more, so that a misread config shows.
         self.w = weights
+        self.heads = raw_config["num_attention_heads"]
+        self.kv_heads = raw_config.get("num_key_value_heads") or self.heads
+        self.head_dim = raw_config.get("head_dim") or raw_config["hidden_size"] // self.heads
+        self.eps = raw_config["rms_norm_eps"]
+        new_rope = raw_config.get("rope_parameters") or {}
+        self.theta = raw_config.get("rope_theta") or new_rope["rope_theta"]
+        self.stretch = (raw_config.get("rope_scaling") or {}).get("factor", 1.0)
 
     def __call__(
         self, tokens: torch.Tensor, features: torch.Tensor
@@ -98,12 +105,11 @@ class PlainDraft:
         return predict, regress
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        scale = (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).rsqrt()
+        scale = (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
         return x * scale * self.w[f"{name}.weight"]
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
-        hd, group = self.config.head_dim, self.config.num_attention_heads
-        group //= self.config.num_key_value_heads
+        hd, group = self.head_dim, self.heads // self.kv_heads
         q, k, v = (self.project(x, name).unflatten(-1, (-1, hd)).transpose(0, 1) for name in "qkv")
         q, k = self.rotate(q), self.rotate(k)
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
@@ -117,9 +123,8 @@ class PlainDraft:
         return x @ self.w[f"{key}.weight"].T + self.w.get(f"{key}.bias", 0)
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        hd, rope = x.shape[-1], self.config.rope_parameters
-        frequency = rope["rope_theta"] ** -(torch.arange(0, hd, 2) / hd)
-        angles = torch.arange(x.shape[1])[:, None] / rope.get("factor", 1.0) * frequency
+        frequency = self.theta ** -(torch.arange(0, self.head_dim, 2) / self.head_dim)
+        angles = torch.arange(x.shape[1])[:, None] / self.stretch * frequency
         cos, sin = angles.cos(), angles.sin()
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

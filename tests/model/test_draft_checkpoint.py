@@ -219,7 +219,12 @@ def test_many_problems_make_one_error_of_a_few_lines(tmp_path):
 
 @pytest.mark.parametrize(
     ("hidden", "vocabulary", "parts"),
-    [(128, 512, ["`hidden_size` is 64", "128"]), (64, 32000, ["`vocab_size` is 512", "32000"])],
+    [
+        (128, 512, ["`hidden_size` is 64", "128"]),
+        (32, 512, ["`hidden_size` is 64", "32"]),
+        (64, 32000, ["`vocab_size` is 512", "32000"]),
+        (64, 500, ["`vocab_size` is 512", "500"]),
+    ],
 )
 def test_draft_of_another_target_is_refused(tmp_path, hidden, vocabulary, parts):
     opened = DraftCheckpoint.open(write_draft(tmp_path, CONFIG, GRIFFIN))
