@@ -14,6 +14,7 @@ Shape letters: T tokens of the batch, B requests, H_kv key heads, D head size.
 import torch
 import triton
 import triton.language as tl
+
 from vllm_griffin.kernels.backend import use_triton
 
 

@@ -15,6 +15,7 @@ Shape letters: T tokens, h hidden size.
 import torch
 import triton
 import triton.language as tl
+
 from vllm_griffin.kernels.backend import use_triton
 
 

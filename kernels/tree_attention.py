@@ -20,6 +20,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from vllm_griffin.kernels.backend import interpreted, use_triton
 from vllm_griffin.kernels.packed_bits import unpack_bits
 

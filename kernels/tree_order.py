@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
 from vllm_griffin.kernels.backend import use_triton
 from vllm_griffin.kernels.packed_bits import num_words, one_hot_bits
 

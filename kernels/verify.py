@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
 from vllm_griffin.kernels.backend import use_triton
 
 

@@ -10,6 +10,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
 from vllm_griffin.kernels.kv_compaction import compact_kv_triton
 from vllm_griffin.kernels.token_fusion import fusion_norms_triton
 from vllm_griffin.kernels.tree_attention import tree_attention_triton

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from vllm_griffin.kernels import backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vllm_griffin.kernels.kv_compaction import compact_kv_reference, compact_kv_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

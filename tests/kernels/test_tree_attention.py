@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+
 from vllm_griffin.kernels.packed_bits import num_words
 from vllm_griffin.kernels.tree_attention import tree_attention_reference, tree_attention_triton
 

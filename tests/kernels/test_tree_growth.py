@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vllm_griffin.kernels.packed_bits import num_words, unpack_bits
 from vllm_griffin.kernels.tree_growth import (
     AdvancedFrontier,

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from vllm_griffin.kernels.verify import Walk, verify_tree, walk_tree_reference, walk_tree_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
