@@ -7,6 +7,6 @@ library of that name.
 from setuptools import find_packages, setup
 
 setup(
-    packages=find_packages(include=["vllm_griffin", "vllm_griffin.*"]) + ["vllm_griffin.kernels"],
+    packages=[*find_packages(include=["vllm_griffin", "vllm_griffin.*"]), "vllm_griffin.kernels"],
     package_dir={"vllm_griffin": "vllm_griffin", "vllm_griffin.kernels": "kernels"},
 )

@@ -91,7 +91,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         self._resolve_tree(checkpoint)
         target = self.target_model_config
         checkpoint.check_target(target.get_hidden_size(), target.get_vocab_size())
-        if self.tree_top_k > target.get_vocab_size():
+        if self.tree_top_k is not None and self.tree_top_k > target.get_vocab_size():
             raise ValueError(
                 f"tree_top_k={self.tree_top_k} is above the vocabulary of "
                 f"{target.get_vocab_size()} tokens"

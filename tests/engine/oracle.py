@@ -10,8 +10,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from vllm_griffin.kernels.tree_order import OrderedTree, order_tree
 
+from vllm_griffin.kernels.tree_order import OrderedTree, order_tree
 from vllm_griffin.runner.speculator import TreeSpeculator
 from vllm_griffin.runner.trace import client_request_id
 

@@ -34,6 +34,7 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 )
             self.isa = "vec"
             self._set_isa_to_layers(self.layer_names)
+        assert isinstance(self.dtype, torch.dtype), "resolved when the engine's config was made"
         _check_layout(self.isa, self.dtype, self.block_size, self.head_dim)
 
 

@@ -16,11 +16,13 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_griffin.config import griffin_config
 from vllm_griffin.kernels.kv_compaction import compact_kv
+from vllm_griffin.kernels.tree_order import OrderedTree
 from vllm_griffin.kernels.verify import Walk
 from vllm_griffin.model.draft import GriffinDraftModel, load_draft_model
 from vllm_griffin.model.level import TreeLevel
@@ -78,9 +80,9 @@ class TreeSpeculator(DraftModelSpeculator):
                 f"method 'griffin' does not support {type(target_model).__name__}: it brings a "
                 f"model state of its own"
             )
-        target_model.get_model_state_cls = lambda: functools.partial(
-            GriffinModelState, trees=self.trees, verifier=self.verifier
-        )
+        state = functools.partial(GriffinModelState, trees=self.trees, verifier=self.verifier)
+        # Not an attribute of the module's own kind (tensor, submodule), so past its __setattr__.
+        target_model.__dict__["get_model_state_cls"] = lambda: state
         self.target_attn_layer_names = sorted(target_attn_layer_names)
         return load_draft_model(target_model, self.vllm_config)
 
@@ -111,8 +113,12 @@ class TreeSpeculator(DraftModelSpeculator):
         temperature: torch.Tensor,
         # [max_num_reqs]
         seeds: torch.Tensor,
+        dp_sync_state: DPSyncState | None = None,
         dummy_run: bool = False,
-        **_: Any,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
         """Returns the next trees' tokens, [B, N], in the order in which they are verified."""
         num_reqs = input_batch.num_reqs
@@ -237,13 +243,16 @@ class TreeSpeculator(DraftModelSpeculator):
             step=0,
             slot_mappings=slots.unsqueeze(0).expand(len(self.kv_cache_config.kv_cache_groups), -1),
         )
+        assert metadata is not None
         self.draft_metadata = metadata[layer_name]
         with set_forward_context(
             metadata, self.vllm_config, num_tokens=num_rows, slot_mapping={layer_name: slots}
         ):
             return self.model(extend.input_ids, extend.positions, hidden_states[extend.hidden_rows])
 
-    def _grow(self, extend: ExtendBatch, predict: torch.Tensor, regress: torch.Tensor) -> Any:
+    def _grow(
+        self, extend: ExtendBatch, predict: torch.Tensor, regress: torch.Tensor
+    ) -> OrderedTree:
         """Grows the batch's trees from the draft's outputs at the last token; both [B, h]."""
         batch, k = predict.shape[0], self.top_k
         frontier = self.grower.begin(*self._children(predict, k))
@@ -269,15 +278,18 @@ class TreeSpeculator(DraftModelSpeculator):
         return self.grower.finish()
 
     def _children(self, predict: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return top_children(self.model.compute_logits(predict), k)
+        logits = self.model.compute_logits(predict)
+        assert logits is not None, "every rank gathers the logits"
+        return top_children(logits, k)
 
     def _scratch(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the nodes expanded so far, for this step only."""
         heads, head_dim = self.model.num_kv_heads, self.model.head_dim
         shape = (batch * self.grower.scratch_size, heads, head_dim)
+        dtype = next(self.model.parameters()).dtype
         return (
-            torch.empty(shape, dtype=self.dtype, device=self.device),
-            torch.empty(shape, dtype=self.dtype, device=self.device),
+            torch.empty(shape, dtype=dtype, device=self.device),
+            torch.empty(shape, dtype=dtype, device=self.device),
         )
 
     def _level(
@@ -306,7 +318,8 @@ class TreeSpeculator(DraftModelSpeculator):
     def _dummy_propose(self, num_reqs: int, num_tokens: int) -> torch.Tensor:
         """Runs the draft once without a cache, so that memory profiling sees its largest pass."""
         ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
-        hidden = torch.zeros(num_tokens, self.hidden_size, dtype=self.dtype, device=self.device)
+        dtype = next(self.model.parameters()).dtype
+        hidden = torch.zeros(num_tokens, self.hidden_size, dtype=dtype, device=self.device)
         with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
             predict, _ = self.model(ids, ids, hidden)
         rows = min(num_reqs * self.top_k, num_tokens)
