@@ -21,4 +21,7 @@ import torch  # noqa: E402 - after the above
 
 if not torch.cuda.is_available():
     os.environ.setdefault("VLLM_GRIFFIN_CPU", "1")
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    from vllm_griffin.cpu.shim import prepare_process
+
+    # vLLM would call it in time for an engine, but some tests begin with vLLM's inner modules.
+    prepare_process()

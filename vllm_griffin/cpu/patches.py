@@ -50,7 +50,7 @@ _SLOW_KERNELS = (
     ("sample.gumbel", "sampling", ("apply_temperature",)),
     ("sample.min_p", "sampling", ("apply_min_p",)),
     ("sample.penalties", "sampling", ("apply_penalties",)),
-    ("sample.logprob", "sampling", ("compute_token_logprobs",)),
+    ("sample.logprob", "sampling", ("compute_token_logprobs", "_ranks_kernel")),
     ("spec_decode.rejection_sampler_utils", "rejection", ("rejection_sample",)),
     (
         "input_batch",
@@ -69,7 +69,7 @@ _SLOW_KERNELS = (
         "batch",
         ("BlockTables.gather_block_tables", "BlockTables.compute_slot_mappings"),
     ),
-    ("buffer_utils", "batch", ("StagedWriteTensor.apply_write",)),
+    ("buffer_utils", "batch", ("StagedWriteTensor.apply_write", "FusedStagedWriter.apply")),
 )
 
 CATALOGUE = (

@@ -5,13 +5,14 @@ Each is a few loads and stores on a GPU; the interpreter takes a millisecond or 
 row without a request.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.block_table import BlockTables
-    from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
+    from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
 
 _PAD_SLOT = -1
 
@@ -222,6 +223,17 @@ def apply_write(self: "StagedWriteTensor") -> None:
         flat[first : first + end - begin] = contents[begin:end]
         begin = end
     self.clear_staged_writes()
+
+
+def apply(
+    self: "FusedStagedWriter",
+    tensors: "Sequence[StagedWriteTensor]",
+    output_ptrs: torch.Tensor,
+    output_strides: torch.Tensor,
+) -> None:
+    """Writes what was staged for the block tables of several cache groups."""
+    for tensor in tensors:
+        apply_write(tensor)
 
 
 def _spans(cumulative: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

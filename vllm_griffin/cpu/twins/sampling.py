@@ -70,6 +70,19 @@ def compute_token_logprobs(
     return chosen - top - (logits.float() - top).exp_().sum(dim=-1, keepdim=True).log()
 
 
+def _ranks_kernel(
+    output_ptr: torch.Tensor,  # [num_rows]
+    logits_ptr: torch.Tensor,  # [num_rows, vocab_size]
+    logits_stride: int,
+    token_ids_ptr: torch.Tensor,  # [num_rows]
+    vocab_size: int,
+    BLOCK_SIZE: int,
+) -> None:
+    """Rank of each row's token: how many tokens are at least as likely."""
+    chosen = logits_ptr.gather(1, token_ids_ptr.long()[:, None])
+    torch.sum(logits_ptr >= chosen, dim=-1, out=output_ptr)
+
+
 def apply_top_k_top_p(
     logits: torch.Tensor,  # [num_tokens, vocab_size]
     k: torch.Tensor | None,  # [num_tokens]
