@@ -3,10 +3,10 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from triton.backends import backends
 
 KERNELS = {
     "_advance_kernel",
@@ -22,7 +22,8 @@ KERNELS = {
 SHARED_MEMORY = 99 * 1024
 
 
-@pytest.mark.skipif("nvidia" not in backends, reason="this Triton has no CUDA compiler")
+# Not asked of triton.backends, which the CPU shim of this process replaces.
+@pytest.mark.skipif(not find_spec("triton.backends.nvidia"), reason="Triton without CUDA compiler")
 def test_kernels_compile_for_cuda(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)

@@ -58,7 +58,7 @@ def test_triton_is_the_reference(hidden, dtype, atol, rtol):
 
 
 def test_triton_rounds_before_the_weight_too():
-    # The interpreter rounds to float16 as a GPU does; one rounding less changes a third of the sums.
+    # The interpreter rounds to float16 as a GPU does; one rounding less changes a third.
     x = inputs(8, 576, torch.float16)
     equal = fusion_norms_triton(*x, 1e-5) == fusion_norms_reference(*x, 1e-5)
     assert equal.float().mean() > 0.99
