@@ -1,0 +1,176 @@
+"""The training network: against the published network's outputs, and several passes against a loop."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vllm_griffin.train.align import first_mask, next_mask
+from vllm_griffin.train.checkpoint import condition, load_draft, published_state, save_draft
+from vllm_griffin.train.network import Draft, DraftConfig
+from vllm_griffin.train.passes import multi_pass
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+GRIFFIN_KEYS = {
+    "fc.fc.weight",
+    "fc.fc.bias",
+    "fc.post_attention_layernorm.weight",
+    "fc.mlp.input_layernorm.weight",
+    "fc.mlp.up_proj.weight",
+    "fc.mlp.down_proj.weight",
+    "layers.0.self_attn.q_proj.weight",
+    "layers.0.self_attn.k_proj.weight",
+    "layers.0.self_attn.v_proj.weight",
+    "layers.0.self_attn.o_proj.weight",
+    "layers.0.post_attention_layernorm.weight",
+    "layers.0.mlp.gate_proj.weight",
+    "layers.0.mlp.up_proj.weight",
+    "layers.0.mlp.down_proj.weight",
+}
+
+
+def small_config(**changes) -> DraftConfig:
+    """A draft of a few thousand weights."""
+    fields = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return DraftConfig(**(fields | changes))
+
+
+def packed(lengths: list[int], seed: int = 0) -> dict:
+    """Random packed documents of the given lengths for `small_config`."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    return {
+        "features": torch.randn(total, 32, generator=generator),
+        "tokens": torch.randint(50, (total,), generator=generator),
+        "positions": torch.cat([torch.arange(n) for n in lengths]),
+        "starts": [0, *torch.tensor(lengths).cumsum(0).tolist()],
+    }
+
+
+@pytest.mark.parametrize(("case", "prompts"), [("a", 3), ("b", 2)])
+@torch.inference_mode()
+def test_outputs_are_those_of_the_published_network(case: str, prompts: int) -> None:
+    draft = load_draft(GOLDEN / case / "draft")
+    expected = load_file(GOLDEN / case / "expected.safetensors")
+    for j in range(prompts):
+        ids = torch.cat([expected[f"{j}.input_ids"][1:], expected[f"{j}.root"]])
+        predict, regress = draft(
+            expected[f"{j}.features"], ids, torch.arange(len(ids)), [0, len(ids)]
+        )
+        torch.testing.assert_close(predict, expected[f"{j}.predict"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(regress, expected[f"{j}.regress"], atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_packed_documents_do_not_see_each_other() -> None:
+    draft = Draft(small_config())
+    both = packed([5, 9])
+    whole = draft(**both)
+    for a, b in [(0, 5), (5, 14)]:
+        part = {k: v[a:b] for k, v in both.items() if k != "starts"}
+        alone = draft(**part, starts=[0, b - a])
+        for x, y in zip(whole, alone, strict=True):
+            torch.testing.assert_close(x[a:b], y)
+
+
+def one_slot(
+    draft: Draft, features: torch.Tensor, tokens: torch.Tensor, slot: int, known: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Draft slots up to `slot` as decoding does, the target's features known below `known` + 1.
+
+    Returns the outputs of slots `known`, ..., `slot`, one at a time with everything recomputed.
+    """
+    inputs = [features[t] for t in range(known + 1)]
+    predicts, regresses = [], []
+    for last in range(known, slot + 1):
+        stacked = torch.stack(inputs)
+        predict, regress = draft(stacked, tokens[: last + 1], torch.arange(last + 1), [0, last + 1])
+        predicts.append(predict[-1])
+        regresses.append(regress[-1])
+        inputs.append(regress[-1])
+    return predicts, regresses
+
+
+@pytest.mark.parametrize("config", [{}, {"fusion": False, "two_heads": False}])
+@torch.inference_mode()
+def test_passes_are_what_decoding_computes(config: dict) -> None:
+    """Pass n at slot t is the draft's step n + 1 after features up to slot t - n, in any document."""
+    torch.manual_seed(1)
+    draft = Draft(small_config(**config))
+    lengths = [1, 7, 2, 11]
+    both = packed(lengths)
+    outputs = list(multi_pass(draft, **both, passes=4))
+    for a, b in zip(both["starts"][:-1], both["starts"][1:], strict=True):
+        features, tokens = both["features"][a:b], both["tokens"][a:b]
+        for n, (predict, regress) in enumerate(outputs):
+            for t in range(n, b - a):
+                predicts, regresses = one_slot(draft, features, tokens, t, t - n)
+                torch.testing.assert_close(predict[a + t], predicts[-1], atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(regress[a + t], regresses[-1], atol=1e-5, rtol=1e-4)
+
+
+def test_fed_features_carry_no_gradient() -> None:
+    """The first pass's regression is not trained through what the second pass makes of it."""
+    draft = Draft(small_config())
+    outputs = list(multi_pass(draft, **packed([6]), passes=2))
+    (through,) = torch.autograd.grad(
+        outputs[1][0].sum(), outputs[0][1], retain_graph=True, allow_unused=True
+    )
+    assert through is None
+    key = draft.layers[0].self_attn.k_proj.weight
+    (shared,) = torch.autograd.grad(outputs[1][0].sum(), key)
+    assert shared.abs().sum() > 0
+
+
+def test_alignment_mask_is_the_product_of_earlier_hits() -> None:
+    lengths, prompts = [1, 9, 4], [1, 3, 2]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    prompt_len = torch.tensor(prompts).repeat_interleave(torch.tensor(lengths))
+    hits = torch.rand(4, 14, generator=torch.Generator().manual_seed(3)) < 0.7
+    mask = first_mask(positions, prompt_len)
+    for n in range(4):
+        start = 0
+        for length, prompt in zip(lengths, prompts, strict=True):
+            for t in range(length):
+                wanted = t >= prompt - 1 + n
+                for back in range(1, n + 1):
+                    wanted = wanted and bool(hits[n - back, start + t - back])
+                assert bool(mask[start + t]) == wanted, (n, start, t)
+            start += length
+        mask = next_mask(mask, hits[n], positions)
+
+
+def test_published_keys_and_round_trip(tmp_path: Path) -> None:
+    draft = Draft(small_config())
+    data = packed([20])
+    condition(draft, data["features"], data["tokens"])
+    assert set(published_state(draft)) == GRIFFIN_KEYS
+    save_draft(draft, tmp_path, {"max_position_embeddings": 64}, torch.float32)
+    loaded = load_draft(tmp_path, draft.embed_tokens.weight.detach())
+    with torch.inference_mode():
+        for x, y in zip(draft(**data), loaded(**data), strict=True):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
+def test_eagle_layout(tmp_path: Path) -> None:
+    draft = Draft(small_config(fusion=False, two_heads=False))
+    state = published_state(draft)
+    assert set(state) == {k for k in GRIFFIN_KEYS if not k.startswith("fc.")} | {"fc.weight"}
+    assert state["layers.0.mlp.down_proj.weight"].shape == (32, 48)
+    save_draft(draft, tmp_path, {"max_position_embeddings": 64}, torch.float32)
+    loaded = load_draft(tmp_path, draft.embed_tokens.weight.detach())
+    assert loaded.config == draft.config
+
+
+def test_missing_key_is_named(tmp_path: Path) -> None:
+    draft = Draft(small_config())
+    save_draft(draft, tmp_path, {"max_position_embeddings": 64}, torch.float32)
+    with pytest.raises(KeyError, match=r"embed_tokens\.weight"):
+        load_draft(tmp_path)

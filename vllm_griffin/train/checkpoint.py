@@ -1,0 +1,163 @@
+"""Drafts on disk: published key layout, `config.json` for the engine, and conditioning while training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from vllm_griffin.train.network import Draft, DraftConfig, Fusion
+
+TREE = {"num_speculative_tokens": 59, "tree_depth": 6, "tree_top_k": 10}  # the paper's tree
+
+
+class _Scaled(nn.Module):
+    """A weight that is trained divided by a fixed scale."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.scale
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / self.scale
+
+
+def condition(draft: Draft, features: Tensor, tokens: Tensor) -> None:
+    """Start a new draft so that all its inputs and outputs count alike in training.
+
+    Embeddings are some ten times smaller than features, and single feature channels ten times larger
+    than others. The fusion's input columns are therefore trained in units of 1 / rms of their channel
+    and the output rows in units of the features' deviation. The function that the network computes has
+    the published form: `published_state` multiplies the scales in.
+
+    Args:
+        draft: A fresh network whose `embed_tokens` is the target's.
+        features: [T, h] features of some training documents.
+        tokens: [T] their tokens.
+    """
+    h = draft.config.hidden_size
+    embeds = draft.embed_tokens(tokens)
+    rms = torch.cat([embeds, features], dim=-1).square().mean(0).sqrt()
+    spread = features.std(0)
+    fc = draft.fc.fc if isinstance(draft.fc, Fusion) else draft.fc
+    down = draft.layers[0].mlp.down_proj
+    with torch.no_grad():
+        for linear in [m for m in draft.modules() if isinstance(m, nn.Linear)]:
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        # The residual branches start small.
+        for branch in [down, draft.layers[0].self_attn.o_proj, _fusion_down(draft)]:
+            if branch is not None:
+                branch.weight.mul_(0.3)
+        fc.weight.div_(rms)
+    rows = (spread / spread.median()).repeat(down.out_features // h)[:, None]
+    parametrize.register_parametrization(fc, "weight", _Scaled(1 / rms))
+    parametrize.register_parametrization(down, "weight", _Scaled(rows))
+
+
+def mark_blocks(draft: Draft) -> None:
+    """Tell Muon which weights join two matrices, and along which dimension (see `optim.Muon`)."""
+    joined = {"fc.fc": 1, "fc.mlp.up_proj": 1} if draft.config.fusion else {"fc": 1}
+    if draft.config.two_heads:
+        joined["layers.0.mlp.down_proj"] = 0
+    for name, dim in joined.items():
+        module = draft.get_submodule(name)
+        for p in module.parameters():
+            if p.ndim == 2:
+                p.block_dim = dim  # type: ignore[attr-defined]
+
+
+def _fusion_down(draft: Draft) -> nn.Linear | None:
+    return draft.fc.mlp.down_proj if isinstance(draft.fc, Fusion) else None
+
+
+def published_state(draft: Draft) -> dict[str, Tensor]:
+    """State dict with the published keys (without `embed_tokens`); scales of `condition` multiplied in."""
+    state = {k: v for k, v in draft.state_dict().items() if ".parametrizations." not in k}
+    for name, module in draft.named_modules():
+        if parametrize.is_parametrized(module):
+            state[f"{name}.weight"] = module.weight.detach()
+    state.pop("embed_tokens.weight")
+    return state
+
+
+def draft_config_json(target: dict[str, Any], draft: DraftConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` of a draft for a target with the given `config.json`."""
+    name = "GriffinForCausalLM" if draft.fusion or draft.two_heads else "EagleLlamaForCausalLM"
+    return {
+        "architectures": [name],
+        "model_type": "llama",
+        "hidden_size": draft.hidden_size,
+        "intermediate_size": draft.intermediate_size,
+        "num_attention_heads": draft.num_attention_heads,
+        "num_key_value_heads": draft.num_key_value_heads,
+        "head_dim": draft.head_dim,
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        "rms_norm_eps": draft.rms_norm_eps,
+        "rope_theta": draft.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": draft.rope_theta},
+        "qkv_bias": draft.qkv_bias,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "vocab_size": draft.vocab_size,
+        "max_position_embeddings": target["max_position_embeddings"],
+        "bos_token_id": target.get("bos_token_id"),
+        "eos_token_id": target.get("eos_token_id"),
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+        "tree": TREE,
+    }
+
+
+def save_draft(
+    draft: Draft, folder: str | Path, target: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Write `config.json` and `model.safetensors`; each file is replaced as a whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().to(dtype).contiguous() for k, v in published_state(draft).items()}
+    save_file(state, folder / "model.partial", metadata={"format": "pt"})
+    (folder / "model.partial").chmod(0o644)
+    (folder / "model.partial").replace(folder / "model.safetensors")
+    config = draft_config_json(target, draft.config, str(dtype).removeprefix("torch."))
+    (folder / "config.partial").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.partial").replace(folder / "config.json")
+
+
+def load_draft(folder: str | Path, embeddings: Tensor | None = None) -> Draft:
+    """Load a draft folder (safetensors or `pytorch_model.bin`) as float32.
+
+    Args:
+        folder: `config.json` beside `model.safetensors` or `pytorch_model.bin`.
+        embeddings: [V, h] the target's, for a checkpoint that leaves `embed_tokens` out.
+
+    Raises:
+        KeyError: A missing or unexpected key, by name.
+    """
+    folder = Path(folder)
+    weights = folder / "model.safetensors"
+    if weights.exists():
+        state = load_file(weights)
+    else:
+        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    raw = json.loads((folder / "config.json").read_text())
+    down = state["layers.0.mlp.down_proj.weight"]
+    config = DraftConfig.from_dict(
+        raw, fusion="fc.fc.weight" in state, two_heads=down.shape[0] == 2 * raw["hidden_size"]
+    )
+    draft = Draft(config)
+    if embeddings is not None:
+        state.setdefault("embed_tokens.weight", embeddings)
+    wrong = set(draft.state_dict()) ^ set(state)
+    if wrong:
+        raise KeyError(f"{folder}: missing or unexpected keys: {', '.join(sorted(wrong))}")
+    draft.load_state_dict({k: v.float() for k, v in state.items()})
+    return draft
