@@ -139,7 +139,7 @@ def show_tree(console: Console, trace: Path, target: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(target)
     best = max(read_trace(trace), key=lambda record: len(record.accepted))
-    drawing = draw_tree(best, lambda token: repr(tokenizer.decode([token])))
+    drawing = draw_tree(best, lambda token: tokenizer.decode([token]))
     console.print(Panel(Text(drawing), title="one verified tree (* = accepted)"))
 
 

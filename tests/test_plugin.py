@@ -31,7 +31,12 @@ print("RESULT" + json.dumps([[list(o.outputs[0].token_ids) for o in outputs], ou
 def _plain_run(plugins: str | None) -> list:
     environment = dict(os.environ)
     # The CPU shim is a switch of its own; here it is off for both.
-    for name in ("VLLM_GRIFFIN_CPU", "TRITON_INTERPRET", "VLLM_PLUGINS"):
+    for name in (
+        "VLLM_GRIFFIN_CPU",
+        "TRITON_INTERPRET",
+        "VLLM_USE_V2_MODEL_RUNNER",
+        "VLLM_PLUGINS",
+    ):
         environment.pop(name, None)
     if plugins is not None:
         environment["VLLM_PLUGINS"] = plugins

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 from vllm.v1.worker.gpu import structured_outputs
 from vllm.v1.worker.gpu.sample import logprob as vllm_logprob
 
@@ -74,17 +75,29 @@ def test_ranks_equal_the_kernels():
     assert results[0].tolist() == results[1].tolist()
 
 
-def test_top_k_and_top_p_keep_what_they_say():
-    logits = rows(500)
-    k, p = torch.tensor([1, 3, 500, 500, 40]), torch.tensor([1.0, 1.0, 0.5, 1.0, 0.3])
-    kept = sampling.apply_top_k_top_p(logits.clone(), k, p) > float("-inf")
-    assert kept[:2].sum(-1).tolist() == [1, 3]
-    assert kept[3].all()
-    for row in (2, 4):
-        top = logits[row].topk(int(k[row]))
-        probs = top.values.softmax(-1)
-        within = (probs.cumsum(-1) - probs) < p[row]
-        assert set(top.indices[within].tolist()) == set(kept[row].nonzero().view(-1).tolist())
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("vocab_size", [*VOCAB_SIZES, 20_000])
+@pytest.mark.parametrize("which", ["k", "p", "kp"])
+def test_top_k_and_top_p_equal_vllms(which, vocab_size, ties):
+    """vLLM's own function for a CPU without Triton; its kernel fails in the interpreter."""
+    logits = rows(vocab_size, 9)
+    if ties:
+        logits = logits.round()
+    logits[6, ::2] = float("-inf")
+    k = torch.tensor([1, 3, vocab_size, vocab_size, 20, 5, 9, 2, 33]).int()
+    p = torch.tensor([1.0, 0.9, 0.5, 1.0, 0.3, 1e-6, 0.7, 0.999, 0.05])
+    k, p = (k if "k" in which else None), (p if "p" in which else None)
+    expected = apply_top_k_top_p_pytorch(logits.clone(), k, p, allow_cpu_sync=True)
+    found = sampling.apply_top_k_top_p(logits.clone(), k, p)
+    # Which of several equal values at the cut are kept is left to the sort.
+    assert torch.equal(found.sort(-1).values, expected.sort(-1).values)
+    assert ties or torch.equal(found, expected)
+    assert ((found == logits) | (found == float("-inf"))).all()
+    assert not torch.equal(found, logits)
+    again = sampling.apply_top_k_top_p(
+        logits[2:3].clone(), *(None if v is None else v[2:3] for v in (k, p))
+    )
+    assert torch.equal(again, found[2:3])
 
 
 def grammar_arguments():

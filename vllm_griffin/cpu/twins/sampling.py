@@ -1,5 +1,6 @@
 """Twins of the kernels that shape logits before a token is drawn."""
 
+import numpy as np
 import torch
 
 
@@ -84,11 +85,31 @@ def _ranks_kernel(
 
 
 def apply_top_k_top_p(
-    logits: torch.Tensor,  # [num_tokens, vocab_size]
+    logits: torch.Tensor,  # [num_tokens, vocab_size], float32
     k: torch.Tensor | None,  # [num_tokens]
     p: torch.Tensor | None,  # [num_tokens]
 ) -> torch.Tensor:
-    """vLLM's own implementation without Triton."""
-    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+    """Masks, in place, all but the k likeliest tokens and then all but the p likeliest mass.
 
-    return apply_top_k_top_p_pytorch(logits, k, p, allow_cpu_sync=True)
+    What vLLM's ``apply_top_k_top_p_pytorch`` does, but only values are sorted, which NumPy does more
+    than ten times as fast as ``torch.sort`` sorts values and indices.
+    """
+    if k is None and p is None:
+        return logits
+    ordered = torch.from_numpy(np.sort(logits.float().numpy(), axis=-1))
+    if k is not None:
+        least = ordered.gather(1, ordered.shape[1] - k.long()[:, None])
+        ordered.masked_fill_(ordered < least, float("-inf"))
+        logits.masked_fill_(logits < least, float("-inf"))
+    if p is not None:
+        outside = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p[:, None]
+        outside[:, -1] = False  # one token stays
+        count = outside.sum(dim=-1, keepdim=True)
+        least = ordered.gather(1, count)
+        logits.masked_fill_(logits < least, float("-inf"))
+        surplus = (count - torch.searchsorted(ordered, least)).squeeze(1)
+        for row in surplus.nonzero().view(-1).tolist():
+            # Of equal values that straddle the cut the first ones go, whatever else is in the batch.
+            equal = (logits[row] == least[row]).nonzero().view(-1)
+            logits[row, equal[: surplus[row]]] = float("-inf")
+    return logits
