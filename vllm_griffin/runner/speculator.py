@@ -1,14 +1,11 @@
 """The speculator: compacts the accepted path, extends the draft's cache by it, grows new trees.
 
-Shapes: B requests of the batch, R rows of the extend pass, h hidden size, N nodes, K top_k,
-D levels, P = 1 + D rows of the longest path.
+Shapes: B requests of the batch, h hidden size, N nodes, K top_k, D levels.
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -26,32 +23,9 @@ from vllm_griffin.kernels.tree_order import OrderedTree
 from vllm_griffin.kernels.verify import Walk
 from vllm_griffin.model.draft import GriffinDraftModel, load_draft_model
 from vllm_griffin.model.level import TreeLevel
+from vllm_griffin.runner.extend import ExtendBatch, plan_extend
 from vllm_griffin.runner.model_state import GriffinModelState, VerifierSlot
 from vllm_griffin.tree import DraftTrees, Frontier, TreeGrower, top_children
-
-
-@dataclass
-class ExtendBatch:
-    """Rows of the extend pass: one per token whose target hidden state is now known.
-
-    A request with T logits rows had T - 1 drafted rows scheduled. Its rows before the root are
-    prompt, taken as they are; of the T tree rows the pass has min(T, P), of which those beyond the
-    accepted path are padding: their cache slots lie past the text and are overwritten in time.
-    """
-
-    # [B + 1] host int32
-    query_start_np: np.ndarray
-    # [R] int64: token, position, row of the target's hidden state, row whose cache slot to fill
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    hidden_rows: torch.Tensor
-    slot_rows: torch.Tensor
-    # [B] int64: row of the last token of the text
-    last_rows: torch.Tensor
-    # [B] int32: draft keys in the paged cache once the pass is done, padding not counted
-    prefix_lens: torch.Tensor
-    # [B] int32: the same, padding counted
-    seq_lens: torch.Tensor
 
 
 class TreeSpeculator(DraftModelSpeculator):
@@ -127,7 +101,7 @@ class TreeSpeculator(DraftModelSpeculator):
         walk = self._step_walk(input_batch, num_sampled, last_sampled, next_prefill_tokens)
         if input_batch.num_draft_tokens > 0:
             self._compact_target_cache(input_batch, slot_mappings, walk)
-        extend = self._extend_batch(input_batch, walk, num_sampled)
+        extend = plan_extend(input_batch, walk, num_sampled, self.max_path)
         predict, regress = self._extend(input_batch, extend, slot_mappings, last_hidden_states)
         tree = self._grow(extend, predict[extend.last_rows], regress[extend.last_rows])
         self.trees.store(input_batch.idx_mapping, tree, num_sampled > 0)
@@ -171,51 +145,6 @@ class TreeSpeculator(DraftModelSpeculator):
             compact_kv(
                 k_cache, v_cache, slot_mappings[name], row_start, walk.path, walk.num_accepted
             )
-
-    def _extend_batch(
-        self, batch: InputBatch, walk: Walk, num_sampled: torch.Tensor
-    ) -> ExtendBatch:
-        """Lays out the extend pass; its shape follows from what was scheduled, known on the host."""
-        num_logits_np = np.diff(batch.cu_num_logits_np)
-        prompt_np = batch.num_scheduled_tokens - num_logits_np
-        counts = prompt_np + np.minimum(num_logits_np, self.max_path)
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        request_np = np.repeat(np.arange(batch.num_reqs), counts)
-        local_np = np.arange(starts[-1]) - starts[request_np]
-        on_host = np.stack([request_np, local_np, local_np - prompt_np[request_np]])
-        request, local, tree_row = async_tensor_h2d(on_host.astype(np.int64), device=self.device)
-        prompt, start = async_tensor_h2d(
-            np.stack([prompt_np, starts[:-1]]).astype(np.int64), device=self.device
-        )
-
-        query_start = batch.query_start_loc[: batch.num_reqs].long()
-        seq_lens = batch.seq_lens[: batch.num_reqs].long()
-        num_scheduled = batch.query_start_loc[1 : batch.num_reqs + 1].long() - query_start
-        first_position = seq_lens - num_scheduled
-        in_tree = tree_row >= 0
-        path_row = tree_row.clamp(min=0)
-        slot_rows = query_start[request] + local
-        hidden_rows = torch.where(
-            in_tree,
-            query_start[request] + prompt[request] + walk.path[request, path_row],
-            slot_rows,
-        )
-        next_row = (slot_rows + 1).clamp(max=batch.input_ids.shape[0] - 1)
-        accepted = num_sampled.long().clamp(min=1)
-        return ExtendBatch(
-            query_start_np=starts,
-            input_ids=torch.where(
-                in_tree, walk.tokens[request, path_row], batch.input_ids[next_row].long()
-            ),
-            positions=first_position[request] + local,
-            hidden_rows=hidden_rows,
-            slot_rows=slot_rows,
-            last_rows=start + prompt + accepted - 1,
-            prefix_lens=(first_position + prompt + accepted).to(torch.int32),
-            seq_lens=(
-                first_position + async_tensor_h2d(counts.astype(np.int64), device=self.device)
-            ).to(torch.int32),
-        )
 
     def _extend(
         self,

@@ -1,0 +1,82 @@
+"""The layout of the draft's extend pass: which rows, at which positions, fed by what.
+
+Shapes: B requests of the batch, R rows of the pass, P rows of the longest path.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_griffin.kernels.verify import Walk
+
+
+@dataclass
+class ExtendBatch:
+    """Rows of the extend pass: one per token whose target hidden state is now known.
+
+    A request with T logits rows had T - 1 drafted rows scheduled. Its rows before the root are
+    prompt, taken as they are; of the T tree rows the pass has min(T, P), of which those beyond the
+    accepted path are padding: their cache slots lie past the text and are overwritten in time.
+    """
+
+    # [B + 1] host int32
+    query_start_np: np.ndarray
+    # [R] int64: token, position, row of the target's hidden state, row whose cache slot to fill
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    hidden_rows: torch.Tensor
+    slot_rows: torch.Tensor
+    # [B] int64: row of the last token of the text
+    last_rows: torch.Tensor
+    # [B] int32: draft keys in the paged cache once the pass is done, padding not counted
+    prefix_lens: torch.Tensor
+    # [B] int32: the same, padding counted
+    seq_lens: torch.Tensor
+
+
+def plan_extend(
+    batch: InputBatch,
+    walk: Walk,
+    # [B]
+    num_sampled: torch.Tensor,
+    max_path: int,
+) -> ExtendBatch:
+    """Lays out the pass; its shape follows from what was scheduled, which the host knows."""
+    device = batch.input_ids.device
+    num_logits_np = np.diff(batch.cu_num_logits_np)
+    prompt_np = batch.num_scheduled_tokens - num_logits_np
+    counts_np = prompt_np + np.minimum(num_logits_np, max_path)
+    starts_np = np.concatenate([[0], np.cumsum(counts_np)]).astype(np.int32)
+    request_np = np.repeat(np.arange(batch.num_reqs), counts_np)
+    local_np = np.arange(starts_np[-1]) - starts_np[request_np]
+    per_row = np.stack([request_np, local_np, local_np - prompt_np[request_np]])
+    per_request = np.stack([prompt_np, starts_np[:-1], counts_np])
+    # Local index of a row among its request's rows; index in its tree, negative before the root.
+    request, local, tree_row = async_tensor_h2d(per_row.astype(np.int64), device=device)
+    prompt, start, count = async_tensor_h2d(per_request.astype(np.int64), device=device)
+
+    query_start = batch.query_start_loc[: batch.num_reqs].long()
+    num_scheduled = batch.query_start_loc[1 : batch.num_reqs + 1].long() - query_start
+    first_position = batch.seq_lens[: batch.num_reqs].long() - num_scheduled
+    in_tree = tree_row >= 0
+    path_row = tree_row.clamp(min=0)
+    slot_rows = query_start[request] + local
+    root_row = query_start[request] + prompt[request]
+    # A prompt's row pairs the target's feature with the prompt's next token, a row of the path
+    # with what the target drew there.
+    next_row = (slot_rows + 1).clamp(max=batch.input_ids.shape[0] - 1)
+    prompt_next = batch.input_ids[next_row].long()
+    accepted = num_sampled.long().clamp(min=1)
+    return ExtendBatch(
+        query_start_np=starts_np,
+        input_ids=torch.where(in_tree, walk.tokens[request, path_row], prompt_next),
+        positions=first_position[request] + local,
+        hidden_rows=torch.where(in_tree, root_row + walk.path[request, path_row], slot_rows),
+        slot_rows=slot_rows,
+        last_rows=start + prompt + accepted - 1,
+        prefix_lens=(first_position + prompt + accepted).to(torch.int32),
+        seq_lens=(first_position + count).to(torch.int32),
+    )
