@@ -52,6 +52,12 @@ _SLOW_KERNELS = (
     ("sample.penalties", "sampling", ("apply_penalties",)),
     ("sample.logprob", "sampling", ("compute_token_logprobs", "_ranks_kernel")),
     ("spec_decode.rejection_sampler_utils", "rejection", ("rejection_sample",)),
+    ("spec_decode.rejection_sampler", "chain", ("gather_draft_sampled",)),
+    (
+        "spec_decode.target_dependent_ar.speculator",
+        "chain",
+        ("prepare_prefill_inputs", "prepare_decode_inputs", "update_draft_inputs"),
+    ),
     (
         "input_batch",
         "batch",
