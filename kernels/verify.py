@@ -87,15 +87,16 @@ def walk_tree_reference(
 
     here = torch.zeros_like(first)
     alive = num_rows > 0
-    path, drawn = [], []
+    here_at: list[torch.Tensor] = []
+    drawn: list[torch.Tensor] = []
     for _ in range(max_path):
         draw = torch.where(alive, sampled[(first + here).clamp(max=last)], 0)
-        path.append(here)
+        here_at.append(here)
         drawn.append(draw)
         matching = open_ & (node_parents == here.unsqueeze(1)) & (node_tokens == draw.unsqueeze(1))
         alive &= matching.any(1)
         here = torch.where(alive, matching.int().argmax(1) + 1, 0)
-    path = torch.stack(path, dim=1).int()
+    path = torch.stack(here_at, dim=1).int()
     return Walk(path, torch.stack(drawn, dim=1), (num_rows > 0).int() + (path > 0).sum(1).int())
 
 

@@ -72,4 +72,4 @@ def _decoder(directory: str | None) -> "Callable[[int], str] | None":
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    return lambda token: tokenizer.decode([token])
+    return lambda token: str(tokenizer.decode([token]))

@@ -128,7 +128,7 @@ def _convert(gguf: Path, made: Path) -> None:
         fresh.load_state_dict(loaded.state_dict())
         fresh.tie_weights()
         fresh.generation_config = loaded.generation_config
-        fresh.to(torch.bfloat16).save_pretrained(made)
+        fresh.bfloat16().save_pretrained(made)
         tokenizer.save_pretrained(made)
     except Exception as error:
         raise PretrainedError(

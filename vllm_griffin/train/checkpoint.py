@@ -17,6 +17,8 @@ TREE = {"num_speculative_tokens": 59, "tree_depth": 6, "tree_top_k": 10}  # the 
 class _Scaled(nn.Module):
     """A weight that is trained divided by a fixed scale."""
 
+    scale: Tensor
+
     def __init__(self, scale: Tensor) -> None:
         super().__init__()
         self.register_buffer("scale", scale)
@@ -46,14 +48,14 @@ def condition(draft: Draft, features: Tensor, tokens: Tensor) -> None:
     rms = torch.cat([embeds, features], dim=-1).square().mean(0).sqrt()
     spread = features.std(0)
     fc = draft.fc.fc if isinstance(draft.fc, Fusion) else draft.fc
-    down = draft.layers[0].mlp.down_proj
+    down = draft.layer.mlp.down_proj
     with torch.no_grad():
         for linear in [m for m in draft.modules() if isinstance(m, nn.Linear)]:
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         # The residual branches start small.
-        for branch in [down, draft.layers[0].self_attn.o_proj, _fusion_down(draft)]:
+        for branch in [down, draft.layer.self_attn.o_proj, _fusion_down(draft)]:
             if branch is not None:
                 branch.weight.mul_(0.3)
         fc.weight.div_(rms)

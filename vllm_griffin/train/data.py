@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,7 +45,7 @@ class Document:
 
 def read_responses(path: str | Path, limit: int | None = None) -> list[Document]:
     """Read a JSONL file with `id`, `prompt_token_ids` and `response_token_ids` per line."""
-    documents = []
+    documents: list[Document] = []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if limit is not None and len(documents) >= limit:
@@ -84,7 +84,7 @@ def read_texts(
 
 
 def extract(
-    target: torch.nn.Module,
+    target: Any,
     documents: Sequence[Document],
     folder: str | Path,
     *,
@@ -115,7 +115,7 @@ def extract(
 
 @torch.inference_mode()
 def _run_target(
-    target: torch.nn.Module, documents: Sequence[Document], batch_tokens: int
+    target: Any, documents: Sequence[Document], batch_tokens: int
 ) -> dict[str, torch.Tensor]:
     hidden: list[torch.Tensor] = [torch.empty(0)] * len(documents)
     for batch in _by_length(documents, batch_tokens):

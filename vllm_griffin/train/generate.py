@@ -2,13 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[tuple[int, str]]:
@@ -22,8 +19,9 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[tuple[int, 
 
 @torch.inference_mode()
 def greedy_answers(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    # A Hugging Face causal language model and its tokenizer
+    model: Any,
+    tokenizer: Any,
     prompts: list[tuple[int, str]],
     new_tokens: int,
     batch: int = 40,

@@ -155,7 +155,8 @@ class Trainer:
         s = self.settings
         labels = self.vocabulary.rows(batch.labels)
         mask = first_mask(batch.positions, batch.prompt_len)
-        total, terms = torch.zeros(()), {}
+        total = torch.zeros(())
+        terms: dict[str, float] = {}
         outputs = multi_pass(
             self.draft, features, batch.tokens, batch.positions, batch.starts, passes
         )

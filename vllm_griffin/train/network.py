@@ -11,7 +11,7 @@ are those of published checkpoints.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -179,17 +179,22 @@ class Draft(nn.Module):
         """Features [T, h] and the tokens one later [T] -> input of the decoder layer [T, h]."""
         return self.fc(self.embed_tokens(tokens), features)
 
+    @property
+    def layer(self) -> DraftLayer:
+        """The one decoder layer."""
+        return cast(DraftLayer, self.layers[0])
+
     def project(self, fused: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [nh, T, d] of fused inputs at RoPE positions [T]."""
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
-        return self.layers[0].self_attn.project(fused, cos, sin)
+        return self.layer.self_attn.project(fused, cos, sin)
 
     def finish(self, fused: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """Residual input [T, h] and attention output [nh, T, d] -> (predict, regress), each [T, h].
 
         Without the second head both are the same tensor.
         """
-        layer = self.layers[0]
+        layer = self.layer
         u = fused + layer.self_attn.o_proj(attended.transpose(0, 1).flatten(1))
         m = layer.mlp(layer.post_attention_layernorm(u))
         if not self.config.two_heads:

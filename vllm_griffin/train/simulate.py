@@ -94,8 +94,8 @@ def replay(
             if not live:
                 break
             levels = _grow(draft, head, prefix, torch.tensor(live), roots, depth, top_k)
-            cut = torch.cat([level.scores for level in levels], dim=1)
-            cut = cut.topk(min(nodes, cut.shape[1]), dim=1).values[:, -1].tolist()
+            pool = torch.cat([level.scores for level in levels], dim=1)
+            cut = pool.topk(min(nodes, pool.shape[1]), dim=1).values[:, -1].tolist()
             for row, j in enumerate(live):
                 rest = data.tokens[group[j]][roots[j] + 1 :].tolist()
                 accepted = _walk(levels, row, cut[row], rest, top_k)
@@ -109,14 +109,14 @@ def _prefix(draft: Draft, data: HiddenStates, group: list[int]) -> Prefix:
     packed = data.batch(group, True)
     fused = draft.fuse(packed.features, packed.tokens)
     q, k, v = draft.project(fused, packed.positions)
-    padded = [_pad(x, packed.starts) for x in (q, k, v)]
-    attended = F.scaled_dot_product_attention(*padded, is_causal=True)
+    q_padded, k_padded, v_padded = (_pad(x, packed.starts) for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(q_padded, k_padded, v_padded, is_causal=True)
     rows = torch.cat(
         [attended[j, :, : b - a] for j, (a, b) in enumerate(_ranges(packed.starts))], dim=1
     )
     predict, regress = draft.finish(fused, rows)
     outputs = [_pad(x[None], packed.starts)[:, 0] for x in (predict, regress)]
-    return Prefix(padded[1], padded[2], *outputs)
+    return Prefix(k_padded, v_padded, *outputs)
 
 
 def _ranges(starts: list[int]) -> list[tuple[int, int]]:
