@@ -94,7 +94,7 @@ def test_prepare_prefill_inputs():
 def test_prepare_decode_inputs(advance):
     def run(function, s):
         function(
-            s.draft_tokens[:4],
+            s.draft_tokens[:4, 0],
             s.batch.seq_lens,
             s.num_rejected,
             s.buffers,

@@ -91,11 +91,14 @@ def test_a_gpu_makes_it_a_line_in_the_log(monkeypatch, caplog):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(shim, "_gpu_is_active", lambda: True)
     monkeypatch.setattr(shim, "_gpu_reported", False)
-    # vLLM's logger does not propagate to where caplog listens.
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    # Where else vLLM's logger hands its records depends on what ran before, so listen at the source.
+    logger = logging.getLogger("vllm.griffin.cpu")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
     with caplog.at_level(logging.INFO, "vllm.griffin.cpu"):
         shim.prepare_process()
         shim.prepare_process()
+    logger.removeHandler(caplog.handler)
     assert len(caplog.records) == 1
     assert "GPU" in caplog.text
     assert "TRITON_INTERPRET" not in os.environ

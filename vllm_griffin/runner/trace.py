@@ -17,7 +17,10 @@ class StepTrace:
     """Collects one record per request and verify step."""
 
     def __init__(self, path: str) -> None:
-        self.writer = TraceWriter(path)
+        try:
+            self.writer = TraceWriter(path)
+        except OSError as error:
+            raise ValueError(f"VLLM_GRIFFIN_TRACE={path} cannot be written: {error}") from error
         self.steps: defaultdict[str, int] = defaultdict(int)
 
     def forget(self, request_id: str) -> None:

@@ -40,7 +40,7 @@ def prepare_prefill_inputs(
 
 
 def prepare_decode_inputs(
-    draft_tokens: torch.Tensor,  # [num_reqs, num_speculative_steps]
+    draft_tokens: torch.Tensor,  # [num_reqs]
     target_seq_lens: torch.Tensor,  # [num_reqs or more]
     num_rejected: torch.Tensor,  # [num_reqs or more]
     input_buffers: "InputBuffers",
@@ -53,7 +53,7 @@ def prepare_decode_inputs(
     num_reqs = draft_tokens.shape[0]
     rows = torch.arange(max_num_reqs + 1, dtype=input_buffers.query_start_loc.dtype)
     input_buffers.query_start_loc[: max_num_reqs + 1] = rows.clamp_(max=num_reqs)
-    input_buffers.input_ids[:num_reqs] = draft_tokens[:, 0]
+    input_buffers.input_ids[:num_reqs] = draft_tokens
     sample_src_positions[:num_reqs] += 1
     input_buffers.seq_lens[:num_reqs] = target_seq_lens[:num_reqs] - num_rejected[:num_reqs]
     input_buffers.seq_lens[num_reqs:max_num_reqs] = 0
