@@ -1,75 +1,45 @@
-"""``vllm-griffin``: the command line. Each command imports what it needs when it runs."""
+"""``vllm-griffin``: the command line. Each command is a module of `vllm_griffin.commands`."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import importlib
 
 import click
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+COMMANDS = {
+    "data": ("data", "Make training data: documents, and the target's hidden states."),
+    "train": ("train", "Train a draft on it."),
+    "eval": ("evaluate", "Measure a draft's acceptance length, in the engine or by replay."),
+    "convert": ("convert", "Convert drafts between layouts."),
+    "report": ("report", "Draw the curves of training runs."),
+    "trace": ("trace", "Draw the draft trees that an engine verified."),
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Imports a command when it is called, so that `--help` needs neither torch nor vLLM."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"vllm_griffin.commands.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="vllm-griffin")
 def main() -> None:
-    """Tools around GRIFFIN draft trees in vLLM."""
+    """GRIFFIN draft trees for vLLM: make training data, train a draft for your target, measure it.
 
-
-@main.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--tokenizer",
-    type=click.Path(exists=True, file_okay=False),
-    help="Directory of the target's tokenizer; shows text in place of token ids.",
-)
-@click.option("--request", help="Only this request, by the id its client gave or got.")
-@click.option("--step", type=click.IntRange(min=0), help="Only this verify step of each request.")
-@click.option(
-    "--limit",
-    type=click.IntRange(min=0),
-    default=5,
-    show_default=True,
-    help="Trees to draw at most; 0 draws none.",
-)
-def trace(
-    file: Path, tokenizer: str | None, request: str | None, step: int | None, limit: int
-) -> None:
-    """Draws the draft trees of a trace FILE, as VLLM_GRIFFIN_TRACE=FILE makes an engine write it.
-
-    A star marks what the target accepted, a number a node's probability given its parent, an arrow
-    the token that the target added.
+    In order: data, train, eval. Every command takes --help, and its options from a YAML file (--config).
     """
-    from vllm_griffin.trace import draw_tree, read_trace, summarize
-
-    try:
-        records = read_trace(file)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
-    chosen = [
-        record
-        for record in records
-        if request in (None, record.request_id) and step in (None, record.step)
-    ]
-    if not chosen:
-        raise click.ClickException(f"{file} has no verify step that matches")
-    decode = _decoder(tokenizer)
-    for record in chosen[:limit]:
-        click.echo(
-            f"request {record.request_id}, step {record.step}, position {record.position}: "
-            f"{record.num_drafted} drafted, {len(record.accepted) - 1} accepted"
-        )
-        click.echo(draw_tree(record, decode) + "\n")
-    summary = summarize(chosen)
-    click.echo(
-        f"{summary.requests} requests, {summary.steps} verify steps, {summary.tokens} tokens, "
-        f"{summary.drafted} nodes drafted: acceptance length {summary.acceptance_length:.2f}"
-    )
 
 
-def _decoder(directory: str | None) -> "Callable[[int], str] | None":
-    if directory is None:
-        return None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    return lambda token: str(tokenizer.decode([token]))
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,15 @@
 """Make the tiny pair: a small Llama trained on the Python standard library, and drafts for it.
 
     python examples/models/make_tiny.py target     # examples/models/target, heldout.txt
-    python examples/models/make_tiny.py data       # hidden states of the target (scratch folder)
-    python -m vllm_griffin.train train ...         # the drafts; exact commands in their model cards
+    python examples/models/make_tiny.py texts --output tiny     # text to train a draft on, and prompts
+    vllm-griffin data --target examples/models/target ...       # the rest: README, "Train a draft"
 
 The text is on every machine that has Python; files are split into training and held-out files by the hash
 of their names, and the held-out ones are listed in `heldout.txt`.
 """
 
 import hashlib
+import json
 import sysconfig
 import time
 from pathlib import Path
@@ -19,7 +20,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vllm_griffin.train import data
 from vllm_griffin.train.optim import Muon, schedule
 
 HERE = Path(__file__).parent
@@ -41,6 +41,22 @@ def stdlib_files() -> tuple[list[Path], list[Path]]:
     return parts
 
 
+def read(path: Path) -> str:
+    """A source file's text."""
+    return path.read_text(encoding="utf-8", errors="ignore")
+
+
+def windows(tokenizer: PreTrainedTokenizerFast, text: str, length: int) -> list[list[int]]:
+    """A text's tokens in pieces of `length`."""
+    tokens = tokenizer(text)["input_ids"]
+    return [tokens[i : i + length] for i in range(0, len(tokens), length)]
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Write JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def train_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 2048 tokens; `<s>` opens a text."""
     tokenizer = Tokenizer(models.BPE())
@@ -52,7 +68,7 @@ def train_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (p.read_text(encoding="utf-8", errors="ignore") for p in files)
+    texts = (read(p) for p in files)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
@@ -124,8 +140,7 @@ def target(steps: int, batch: int, seed: int, output: Path) -> None:
     """Train tokenizer and target, and list the held-out files."""
     training, held_out = stdlib_files()
     tokenizer = train_tokenizer(training)
-    documents = data.read_texts(training, tokenizer, LENGTH)
-    tokens = torch.tensor([t for d in documents for t in d.tokens])
+    tokens = torch.tensor([t for p in training for t in tokenizer(read(p))["input_ids"]])
     click.echo(f"{len(training)} files, {len(tokens)} tokens; {len(held_out)} files held out")
     model = new_target(seed)
     train_target(model, tokens, steps, batch, seed)
@@ -138,50 +153,28 @@ def target(steps: int, batch: int, seed: int, output: Path) -> None:
     (HERE / "heldout.txt").write_text("\n".join(names) + "\n")
 
 
-@main.command(name="data")
+@main.command()
 @click.option("--target", "folder", default=HERE / "target", type=click.Path(path_type=Path))
-@click.option("--documents", default=1600, show_default=True, help="Documents of 512 tokens.")
+@click.option("--files", default=80, show_default=True, help="Files to train a draft on.")
+@click.option("--prompts", default=40, show_default=True, help="Beginnings of held-out text.")
 @click.option("--output", required=True, type=click.Path(path_type=Path))
-def hidden_states(folder: Path, documents: int, output: Path) -> None:
-    """Store the target's hidden states on training files."""
+def texts(folder: Path, files: int, prompts: int, output: Path) -> None:
+    """Write text.jsonl (training files), and prompts.jsonl (64 tokens each, from held-out files)."""
     training, _ = stdlib_files()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    chosen = data.read_texts(training, tokenizer, LENGTH)
+    output.mkdir(parents=True, exist_ok=True)
     # Spread over all files rather than the first of the alphabet.
-    stride = max(1, len(chosen) // documents)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    chosen = chosen[::stride][:documents]
-    for number, document in enumerate(chosen):
-        document.id = number  # every twentieth is for validation
-    data.extract(model, chosen, output)
-
-
-@main.command(name="test-data")
-@click.option("--target", "folder", default=HERE / "target", type=click.Path(path_type=Path))
-@click.option(
-    "--prompts", default=40, show_default=True, help="Prompts, spread over held-out files."
-)
-@click.option("--output", required=True, type=click.Path(path_type=Path))
-def held_out_outputs(folder: Path, prompts: int, output: Path) -> None:
-    """Greedy outputs (128 tokens) to 64-token prompts of held-out files, with hidden states."""
+    chosen = training[:: max(1, len(training) // files)][:files]
+    rows = [{"id": i, "text": read(path)} for i, path in enumerate(chosen)]
+    write_lines(output / "text.jsonl", rows)
     names = (HERE / "heldout.txt").read_text().split()
     root = Path(sysconfig.get_path("stdlib"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    pieces = [d for d in data.read_texts([root / n for n in names], tokenizer, 64)]
-    pieces = [d for d in pieces if len(d.tokens) == 64]
+    pieces = [p for n in names for p in windows(tokenizer, read(root / n), 64) if len(p) == 64]
     pieces = pieces[:: max(1, len(pieces) // prompts)][:prompts]
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    inputs = torch.tensor([d.tokens for d in pieces])
-    answers = model.generate(
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=128,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=1,
+    starts = [tokenizer.decode(piece, skip_special_tokens=True) for piece in pieces]
+    write_lines(
+        output / "prompts.jsonl", [{"question_id": i, "turns": [t]} for i, t in enumerate(starts)]
     )
-    documents = [data.Document(i, row, 64) for i, row in enumerate(answers.tolist())]
-    data.extract(model, documents, output)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from vllm_griffin.train.network import Draft, DraftConfig, Fusion
 
 TREE = {"num_speculative_tokens": 59, "tree_depth": 6, "tree_top_k": 10}  # the paper's tree
+VOCABULARY = "vocabulary.json"
 
 
 class _Scaled(nn.Module):
@@ -30,8 +31,8 @@ class _Scaled(nn.Module):
         return weight / self.scale
 
 
-def condition(draft: Draft, features: Tensor, tokens: Tensor) -> None:
-    """Start a new draft so that all its inputs and outputs count alike in training.
+def condition(draft: Draft, features: Tensor, tokens: Tensor, *, initialise: bool) -> None:
+    """Let all inputs and outputs of a draft count alike in training, and give a new one its first weights.
 
     Embeddings are some ten times smaller than features, and single feature channels ten times larger
     than others. The fusion's input columns are therefore trained in units of 1 / rms of their channel
@@ -39,9 +40,10 @@ def condition(draft: Draft, features: Tensor, tokens: Tensor) -> None:
     the published form: `published_state` multiplies the scales in.
 
     Args:
-        draft: A fresh network whose `embed_tokens` is the target's.
+        draft: A network whose `embed_tokens` is the target's.
         features: [T, h] features of some training documents.
         tokens: [T] their tokens.
+        initialise: Draw the weights anew; False keeps the function that a loaded draft computes.
     """
     h = draft.config.hidden_size
     embeds = draft.embed_tokens(tokens)
@@ -49,19 +51,25 @@ def condition(draft: Draft, features: Tensor, tokens: Tensor) -> None:
     spread = features.std(0)
     fc = draft.fc.fc if isinstance(draft.fc, Fusion) else draft.fc
     down = draft.layer.mlp.down_proj
-    with torch.no_grad():
-        for linear in [m for m in draft.modules() if isinstance(m, nn.Linear)]:
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        # The residual branches start small.
-        for branch in [down, draft.layer.self_attn.o_proj, _fusion_down(draft)]:
-            if branch is not None:
-                branch.weight.mul_(0.3)
-        fc.weight.div_(rms)
+    if initialise:
+        _initialise(draft)
+        fc.weight.data.div_(rms)
     rows = (spread / spread.median()).repeat(down.out_features // h)[:, None]
     parametrize.register_parametrization(fc, "weight", _Scaled(1 / rms))
     parametrize.register_parametrization(down, "weight", _Scaled(rows))
+
+
+@torch.no_grad()
+def _initialise(draft: Draft) -> None:
+    """Normal weights of variance 1 / inputs, no bias; the residual branches start small."""
+    for linear in [m for m in draft.modules() if isinstance(m, nn.Linear)]:
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+    fusion = draft.fc.mlp.down_proj if isinstance(draft.fc, Fusion) else None
+    for branch in [draft.layer.mlp.down_proj, draft.layer.self_attn.o_proj, fusion]:
+        if branch is not None:
+            branch.weight.mul_(0.3)
 
 
 def mark_blocks(draft: Draft) -> None:
@@ -74,10 +82,6 @@ def mark_blocks(draft: Draft) -> None:
         for p in module.parameters():
             if p.ndim == 2:
                 p.block_dim = dim  # type: ignore[attr-defined]
-
-
-def _fusion_down(draft: Draft) -> nn.Linear | None:
-    return draft.fc.mlp.down_proj if isinstance(draft.fc, Fusion) else None
 
 
 def published_state(draft: Draft) -> dict[str, Tensor]:
@@ -120,9 +124,21 @@ def draft_config_json(target: dict[str, Any], draft: DraftConfig, dtype: str) ->
 
 
 def save_draft(
-    draft: Draft, folder: str | Path, target: dict[str, Any], dtype: torch.dtype
+    draft: Draft,
+    folder: str | Path,
+    target: dict[str, Any],
+    dtype: torch.dtype,
+    vocabulary: list[int] | None = None,
 ) -> None:
-    """Write `config.json` and `model.safetensors`; each file is replaced as a whole."""
+    """Write `config.json` and `model.safetensors`; each file is replaced as a whole.
+
+    Args:
+        draft: The network.
+        folder: Where to.
+        target: The target's `config.json`.
+        dtype: Of the stored weights.
+        vocabulary: The tokens that the losses looked at, where that is not all: `vocabulary.json`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to(dtype).contiguous() for k, v in published_state(draft).items()}
@@ -132,6 +148,8 @@ def save_draft(
     config = draft_config_json(target, draft.config, str(dtype).removeprefix("torch."))
     (folder / "config.partial").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "config.partial").replace(folder / "config.json")
+    if vocabulary is not None:
+        (folder / VOCABULARY).write_text(json.dumps(vocabulary) + "\n")
 
 
 def load_draft(folder: str | Path, embeddings: Tensor | None = None) -> Draft:

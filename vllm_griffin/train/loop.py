@@ -1,25 +1,31 @@
 """The training loop: stages of one and of several passes, validation, checkpoints that resume exactly."""
 
+import itertools
 import json
-import os
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from vllm_griffin.train.align import first_mask, next_mask
+from vllm_griffin import provenance
+from vllm_griffin.data.batch import Batch, epoch, pack, split, token_counts
+from vllm_griffin.data.shards import States
 from vllm_griffin.train.checkpoint import condition, mark_blocks, save_draft
-from vllm_griffin.train.data import Batch, HiddenStates
-from vllm_griffin.train.losses import LossVocabulary, feature_loss, head_terms
+from vllm_griffin.train.losses import LossVocabulary
 from vllm_griffin.train.network import Draft
 from vllm_griffin.train.optim import make_optimisers, schedule
-from vllm_griffin.train.passes import multi_pass
 from vllm_griffin.train.settings import Settings
+from vllm_griffin.train.setup import TargetParts
+from vllm_griffin.train.step import VALIDATION_TOKENS, DraftLoss, held_out_counts
 
-VALIDATION_PASSES = 6  # the depth of the paper's tree
+SHOWN = ("step", "val_agree0", "val_token0", "val_feature0", "val_agree1", "chain", "top3")
 
 
 class TrainingError(RuntimeError):
@@ -27,196 +33,277 @@ class TrainingError(RuntimeError):
 
 
 class Trainer:
-    """Trains one draft on stored hidden states."""
+    """Trains one draft on one target's hidden states.
+
+    Output folder: the best draft so far (``config.json``, ``model.safetensors``, ``vocabulary.json`` if the
+    losses look at part of it), ``run.json``, ``log.jsonl`` and ``checkpoint.pt``.
+    """
 
     def __init__(
         self,
         draft: Draft,
-        data: HiddenStates,
-        head: Tensor,
+        states: States,
+        target: TargetParts,
         settings: Settings,
         folder: str | Path,
-        target_config: dict,
         *,
         fresh: bool = True,
+        report_to: str | None = None,
+        record: dict[str, Any] | None = None,
     ) -> None:
         """Set up a run, and continue it if `folder` holds its checkpoint.
 
         Args:
             draft: The network; its `embed_tokens` must be the target's.
-            data: Training and validation documents.
-            head: [V, h] weight of the target's LM head.
-            settings: The run's settings; a continued run may be given other stages.
-            folder: Output folder: the draft, `checkpoint.pt`, `log.jsonl`.
-            target_config: The target's `config.json`.
+            states: Training and validation documents.
+            target: The target's configuration and LM head.
+            settings: The run's settings; a continued run may only be given more steps.
+            folder: Output folder.
             fresh: Initialise the network here; False for weights that were loaded.
-        """
-        torch.manual_seed(settings.seed)
-        self.draft, self.data, self.settings = draft, data, settings
-        self.folder, self.target_config = Path(folder), target_config
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.training, self.validation = data.split(False), data.split(True)
-        if fresh:
-            some = data.batch(self.training[:64], True)
-            condition(draft, some.features, some.tokens)
-        mark_blocks(draft)
-        counts = data.token_counts(len(head))
-        self.vocabulary = LossVocabulary(head, counts, settings.vocabulary or None)
-        self.optimisers = make_optimisers(draft, settings.optimiser, settings.lr, settings.muon_lr)
-        self.step = 0
-        self._resume()
+            report_to: A tracker that accelerate knows, such as "tensorboard".
+            record: What `run.json` says besides settings and provenance.
 
-    @property
-    def _checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
+        Raises:
+            TrainingError: No document to train on or to validate with, or the folder holds another run.
+        """
+        self.settings, self.folder, self.target = settings, Path(folder), target
+        self.states = states
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if settings.bf16 else "no",
+            log_with=report_to,
+            project_dir=str(folder),
+        )
+        if report_to:
+            self.accelerator.init_trackers("vllm-griffin", config={"seed": settings.seed})
+        self.training, self.validation = (split(states.documents, part) for part in (False, True))
+        if not self.training or not self.validation:
+            raise TrainingError(
+                f"{len(self.training)} documents to train on and {len(self.validation)} held out are too "
+                "few: one prompt in 20 is held out"
+            )
+        torch.manual_seed(settings.seed)
+        some = pack(states, self.training[:64], True)
+        condition(draft, some.features, some.tokens, initialise=fresh)
+        counts = token_counts(states.documents, self.training, len(target.head))
+        device = self.accelerator.device
+        vocabulary = LossVocabulary(
+            target.head.to(device), counts.to(device), settings.vocabulary or None
+        )
+        draft.to(device)
+        mark_blocks(draft)
+        self.draft, self.vocabulary = draft, vocabulary
+        self.loss = self.accelerator.prepare(DraftLoss(draft, vocabulary, settings))
+        self.optimisers: list[torch.optim.Optimizer] = []
+        self.step, self.best, self.seconds = 0, float("-inf"), 0.0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        self._record = (record or {}) | {
+            "documents": len(self.training),
+            "held_out": len(self.validation),
+        }
 
     def _resume(self) -> None:
-        if not self._checkpoint.exists():
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            self._forget_rows()
             return
-        saved = torch.load(self._checkpoint, weights_only=True)
+        saved = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+        wrong = self.settings.differences(saved["settings"])
+        done = _steps_until(saved["settings"]["stages"], saved["step"])
+        if wrong or done != _steps_until(self.settings.stages, saved["step"]):
+            raise TrainingError(
+                f"{self.folder} holds a run with other settings ({', '.join(wrong or ['stages'])}): "
+                "give those, or another folder"
+            )
         self.draft.load_state_dict(saved["draft"], strict=False)  # all but the frozen embedding
-        for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
-        self.step = saved["step"]
+        self.step, self.best, self.seconds = (saved[k] for k in ("step", "best", "seconds"))
+        self._forget_rows()
+        within = self.step < self.settings.total_steps
+        if within and self.step > self.settings.stage_at(self.step)[1]:
+            self._new_optimisers()
+            for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
+                optimiser.load_state_dict(state)
+
+    def _forget_rows(self) -> None:
+        """Drop what was logged after the checkpoint: those steps are done again."""
+        path = self.folder / "log.jsonl"
+        if path.exists() and self.accelerator.is_main_process:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _logged_step(line) <= self.step]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def _new_optimisers(self) -> None:
+        s = self.settings
+        made = make_optimisers(self.draft, s.optimiser, s.lr, s.muon_lr)
+        self.optimisers = [self.accelerator.prepare(o) for o in made]
 
     def save(self) -> None:
         """Write the checkpoint as a whole or not at all."""
+        if not self.accelerator.is_main_process:
+            return
         state = {k: v for k, v in self.draft.state_dict().items() if not k.startswith("embed")}
         saved = {
             "draft": state,
             "optimisers": [o.state_dict() for o in self.optimisers],
             "step": self.step,
+            "best": self.best,
+            "seconds": self.seconds,
+            "settings": asdict(self.settings),
         }
-        scratch = self._checkpoint.with_suffix(".partial")
-        torch.save(saved, scratch)
-        os.replace(scratch, self._checkpoint)
+        path = self.folder / "checkpoint.pt"
+        scratch = path.with_suffix(".partial")
+        try:
+            torch.save(saved, scratch)
+            scratch.replace(path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            scratch.unlink(missing_ok=True)
+            raise TrainingError(
+                f"cannot write {path} ({error}); the last good checkpoint is kept"
+            ) from error
 
     def run(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Train up to the last step, then write the draft folder in `dtype`."""
+        """Train up to the last step; the best draft by held-out documents is written in `dtype`.
+
+        Raises:
+            TrainingError: The loss is not finite, or the disk is full.
+        """
         s = self.settings
-        (self.folder / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
-        bar = tqdm(total=s.total_steps, initial=self.step, unit="step", mininterval=5)
+        main = self.accelerator.is_main_process
+        if main:
+            record = {**provenance.describe(s.seed), "settings": asdict(s), **self._record}
+            provenance.write(self.folder / "run.json", record)
+        bar = tqdm(
+            total=s.total_steps, initial=self.step, unit="step", mininterval=5, disable=not main
+        )
         for documents in self._documents():
             if self.step >= s.total_steps:
                 break
-            passes = s.passes_at(self.step)
-            terms = self._train_step(self.data.batch(documents, s.prompt_loss), passes)
+            stage, first = s.stage_at(self.step)
+            if self.step == first or not self.optimisers:
+                self._new_optimisers()
+            passes, steps = s.stages[stage]
+            began = time.perf_counter()
+            terms = self._train_step(pack(self.states, documents, s.prompt_loss), stage)
+            self.seconds += time.perf_counter() - began
             self.step += 1
             bar.update()
-            bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
-            if self.step % s.validate_every == 0 or self.step == s.total_steps:
-                self._log({"step": self.step, "passes": passes} | terms | self.validate())
-            if self.step % s.save_every == 0 or self.step == s.total_steps:
+            bar.set_postfix({"loss": f"{terms['loss']:.3f}"}, refresh=False)
+            last = self.step == first + steps
+            if self.step % s.validate_every == 0 or last:
+                self._log(self._row(passes) | terms | self.validate(), dtype)
+            if self.step % s.save_every == 0 or last:
                 self.save()
         bar.close()
-        save_draft(self.draft, self.folder, self.target_config, dtype)
+        self.accelerator.end_training()
+
+    def _row(self, passes: int) -> dict[str, float]:
+        return {"step": self.step, "passes": passes, "seconds": self.seconds}
 
     def _documents(self) -> Iterator[list[int]]:
-        """Batches from the current step on; the order depends on the seed and the epoch alone."""
-        step, epoch = 0, 0
-        while True:
-            order_seed = self.settings.seed * 10_000 + epoch
-            for batch in self.data.batches(self.training, self.settings.batch_tokens, order_seed):
-                if step >= self.step:
-                    yield batch
-                step += 1
-            epoch += 1
+        """This process's documents from the current step on; their order depends on seed and epoch alone."""
+        s, world = self.settings, self.accelerator.num_processes
+        groups = (
+            group
+            for number in itertools.count()
+            for group in epoch(
+                self.states.documents,
+                self.training,
+                max(1, s.batch_tokens // world),
+                s.seed * 10_000 + number,
+            )
+        )
+        return itertools.islice(
+            groups, self.step * world + self.accelerator.process_index, None, world
+        )
 
-    def _train_step(self, batch: Batch, passes: int) -> dict[str, float]:
+    def _train_step(self, batch: Batch, stage: int) -> dict[str, float]:
         s = self.settings
-        factor = schedule(self.step, s.total_steps, s.warmup, s.decay)
+        passes, steps = s.stages[stage]
+        first = sum(n for _, n in s.stages[:stage])
+        factor = schedule(self.step - first, steps, s.warmup, s.decay)
+        factor *= s.later_lr if stage else 1.0
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = factor * (s.muon_lr if "momentum" in group else s.lr)
             optimiser.zero_grad(set_to_none=True)
-        features = self._noisy(batch)
-        total, terms = self._losses(batch, features, passes, s.top_weight if passes > 1 else 0.0)
+        batch = batch.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            total, shown = self.loss(batch, self._noisy(batch), passes)
+        terms = {name: value.item() for name, value in shown.items()}
         if not torch.isfinite(total):
-            raise TrainingError(f"the loss is {total.item()} at step {self.step}")
-        total.backward()
+            raise TrainingError(
+                f"the loss is {total.item()} at step {self.step}; {self.folder} keeps the last good "
+                "checkpoint and draft: try a lower learning rate"
+            )
+        self.accelerator.backward(total)
         trained = [p for p in self.draft.parameters() if p.requires_grad]
-        torch.nn.utils.clip_grad_norm_(trained, s.clip)
+        if s.clip:
+            self.accelerator.clip_grad_norm_(trained, s.clip)
+        if s.clip_value:
+            self.accelerator.clip_grad_value_(trained, s.clip_value)
         for optimiser in self.optimisers:
             optimiser.step()
-        return terms
+        return {"loss": total.item(), "lr": factor * s.lr} | terms
 
     def _noisy(self, batch: Batch) -> Tensor:
         """Input features with uniform noise of width `noise` * 512 / document length."""
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
+        place = self.step * self.accelerator.num_processes + self.accelerator.process_index
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + place)
         noise = torch.rand(batch.features.shape, generator=generator) - 0.5
-        starts = torch.tensor(batch.starts)
-        lengths = starts.diff().repeat_interleave(starts.diff())
-        return batch.features + noise * (self.settings.noise * 512 / lengths)[:, None]
+        slots = torch.tensor(batch.starts).diff()
+        scale = self.settings.noise * 512 / (slots + 1).repeat_interleave(slots)
+        return batch.features + (noise * scale[:, None]).to(batch.features.device)
 
-    def _losses(
-        self, batch: Batch, features: Tensor, passes: int, top_weight: float
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Sum of the losses of all passes, and what to show of them."""
-        s = self.settings
-        labels = self.vocabulary.rows(batch.labels)
-        mask = first_mask(batch.positions, batch.prompt_len)
-        total = torch.zeros(())
-        terms: dict[str, float] = {}
-        outputs = multi_pass(
-            self.draft, features, batch.tokens, batch.positions, batch.starts, passes
-        )
-        for n, (predict, regress) in enumerate(outputs):
-            rows = mask.nonzero()[:, 0]
-            count = len(rows) + 1e-5
-            wanted = batch.wanted[rows]
-            head = head_terms(
-                predict[rows],
-                wanted,
-                self.vocabulary.head,
-                labels[rows],
-                s.token_weight,
-                top_weight,
-            )
-            token = head.token_loss.sum() / count
-            feature = feature_loss(regress[rows], wanted).sum() / count
-            total = total + token + s.feature_weight * feature
-            hits = torch.zeros_like(mask)
-            hits[rows] = head.rank < (s.align_top_k or 1)
-            terms |= {f"token{n}": token.item(), f"feature{n}": feature.item()}
-            terms[f"agree{n}"] = head.agree.sum().item() / count
-            mask = next_mask(mask, hits if s.align_top_k else None, batch.positions)
-        return total, terms
-
-    @torch.inference_mode()
     def validate(self) -> dict[str, float]:
-        """Held-out figures: cross-entropy, agreement per pass, and estimated acceptance lengths.
+        """Held-out figures, averaged: losses and agreement per pass, and acceptance lengths.
 
-        `chain` is 1 + the expected number of first passes whose best token is the document's (which is what
-        a chain accepts of it), `top3` the same for "among the best three".
+        `chain` is 1 + the mean number of first passes whose best token is the document's (what a chain of 6
+        accepts of it), `top3` the same for "among the best three". Fed with the document's tokens.
         """
-        batch = self.data.batch(self.validation[: self.settings.validate_documents], False)
-        labels = self.vocabulary.rows(batch.labels)
-        mask = first_mask(batch.positions, batch.prompt_len)
-        # Roots whose six drafted tokens all exist, so that every pass counts the same roots.
-        room = torch.tensor(batch.starts).diff()
-        room = room.repeat_interleave(room) - batch.positions > VALIDATION_PASSES
-        chain, top3 = mask & room, mask & room
-        roots = max(1, int(chain.sum()))
-        result = {"chain": 1.0, "top3": 1.0}
-        outputs = multi_pass(
-            self.draft, batch.features, batch.tokens, batch.positions, batch.starts, 6
-        )
-        for n, (predict, regress) in enumerate(outputs):
-            head = head_terms(predict, batch.wanted, self.vocabulary.head, labels)
-            chain, top3 = chain & (head.rank == 0), top3 & (head.rank < 3)
-            result["chain"] += int(chain.sum()) / roots
-            result["top3"] += int(top3.sum()) / roots
-            chain, top3 = torch.roll(chain, 1), torch.roll(top3, 1)
-            if n < 3:
-                result[f"val_agree{n}"] = head.agree[mask].float().mean().item()
-                result[f"val_token{n}"] = head.token_loss[mask].mean().item()
-                result[f"val_feature{n}"] = (
-                    feature_loss(regress[mask], batch.wanted[mask]).mean().item()
-                )
-        return result
+        sums: Counter[str] = Counter()
+        documents = self.validation[: self.settings.validate_documents]
+        for group in _groups(self.states, documents):
+            batch = pack(self.states, group).to(self.accelerator.device)
+            sums.update(held_out_counts(self.draft, self.vocabulary, batch))
+        roots, slots = max(1, sums.pop("roots")), max(1, sums.pop("slots"))
+        acceptance = {name: 1 + sums.pop(name) / roots for name in ("chain", "top3")}
+        return acceptance | {name: value / slots for name, value in sums.items()}
 
-    def _log(self, row: dict[str, float]) -> None:
+    def _log(self, row: dict[str, float], dtype: torch.dtype) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        row = {k: float(f"{v:.6g}") for k, v in row.items()}
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps({k: round(v, 4) for k, v in row.items()}) + "\n")
-        shown = ("step", "val_agree0", "val_token0", "val_feature0", "val_agree1", "chain", "top3")
-        tqdm.write("  ".join(f"{k} {row[k]:.4g}" for k in shown))
+            log.write(json.dumps(row) + "\n")
+        self.accelerator.log(row, step=self.step)
+        tqdm.write("  ".join(f"{k} {row[k]:.4g}" for k in SHOWN))
+        if row["top3"] > self.best:
+            self.best = row["top3"]
+            kept = self.vocabulary.kept.tolist() if self.settings.vocabulary else None
+            save_draft(self.draft, self.folder, self.target.config, dtype, kept)
+
+
+def _groups(states: States, documents: list[int]) -> Iterator[list[int]]:
+    """Consecutive documents, about `VALIDATION_TOKENS` slots at a time."""
+    group: list[int] = []
+    size = 0
+    for number in documents:
+        group.append(number)
+        size += len(states.documents[number].tokens)
+        if size >= VALIDATION_TOKENS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:  # half a line, from a killed process
+        return float("inf")
+
+
+def _steps_until(stages: list, step: int) -> list[int]:
+    """The number of passes of each step before `step`."""
+    return [passes for passes, steps in stages for _ in range(steps)][:step]

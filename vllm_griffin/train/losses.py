@@ -1,38 +1,67 @@
-"""Losses of a draft against its target: soft cross-entropy through the LM head, and smooth L1 on features.
+"""Losses of a draft against its target: distributions through the LM head, and smooth L1 on features.
 
 Legend of shapes: T slots that count, h hidden size, V vocabulary of the loss (whole, or its most frequent
 part: then teacher and draft are both renormalised over it).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+AveragingSet = Literal["draft", "vocabulary"]
 CHUNK = 512  # slots whose logits exist at one time
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weights of what compares p, the target's next-token distribution, with the draft's q, per slot.
+
+    `token`: soft cross-entropy -sum_v p_v log q_v.
+    `top`: HASS's term, the same over the ten best tokens of p, not renormalised.
+    `tvd`: total variation distance 1 - sum_v min(p_v, q_v), which is the chance of rejection.
+    `tvd_plus`: TVD++ (Goel et al., arXiv 2403.00858), the policy gradient of TVD with a normalised reward
+        A = (r - mean) / std, r_v = 1 where q_v is not above p_v: -sum_v q_v A_v log q_v, q_v A_v constant.
+    `tvd_plus_set`: over what mean and deviation are taken, which the paper leaves open: "draft" weighs
+        tokens by q; "vocabulary" takes all alike, in the sum as well: -mean_v A_v log q_v.
+    """
+
+    token: float = 0.1
+    top: float = 0.5
+    tvd: float = 0.0
+    tvd_plus: float = 0.0
+    tvd_plus_set: AveragingSet = "draft"
+
+    def __post_init__(self) -> None:
+        if self.tvd_plus_set not in get_args(AveragingSet):
+            raise ValueError(
+                f"TVD++ set {self.tvd_plus_set!r} is not one of {', '.join(get_args(AveragingSet))}"
+            )
 
 
 @dataclass
 class HeadTerms:
     """What comparing draft and target through the LM head says about each slot.
 
-    `token_loss` [T] carries gradient; `rank` [T] is how many draft logits lie above that of the true
-    token (V where that token is outside the vocabulary: never a hit); `agree` [T] is 1 where draft and
-    target have the same best token.
+    `loss` [T] carries gradient; `rank` [T] is how many draft logits lie above that of the true token (V
+    where that token is outside the vocabulary: never a hit); `agree` [T] is 1 where draft and target have
+    the same best token.
     """
 
-    token_loss: Tensor
+    loss: Tensor
     rank: Tensor
     agree: Tensor
 
 
 class _HeadLoss(torch.autograd.Function):
-    """-sum_v w_v log q_v per slot, w = token_weight * p + top_weight * (p on its top 10).
+    """The loss of `Objective`, with its gradient for `predict` computed on the way.
 
-    The gradient for `predict` is computed together with the loss, chunk by chunk, so that no [T, V] tensor
-    outlives its chunk: dL/dz = q * sum(w) - w, dL/dpredict = dL/dz @ head.
+    All its terms have the gradient of -sum_v w_v log q_v with constant weights w, for TVD with
+    w_v = q_v where q_v is not above p_v (Bebop, arXiv 2606.12370, appendix A). So with logits z,
+    dL/dz = q * sum(w) - w and dL/dpredict = dL/dz @ head, chunk by chunk, so that no
+    [T, V] tensor outlives its chunk.
     """
 
     @staticmethod
@@ -42,39 +71,63 @@ class _HeadLoss(torch.autograd.Function):
         wanted: Tensor,
         head: Tensor,
         labels: Tensor,
-        token_weight: float,
-        top_weight: float,
+        objective: Objective,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss = predict.new_empty(len(predict))
+        loss = predict.new_empty(len(predict), dtype=torch.float32)
         rank = torch.empty_like(labels)
         agree = torch.empty_like(labels, dtype=torch.bool)
         grad = torch.empty_like(predict)
-        for rows in torch.arange(len(predict)).split(CHUNK):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            z = predict[part] @ head.T
-            w = (wanted[part] @ head.T).softmax(-1)
-            agree[part] = z.argmax(-1) == w.argmax(-1)
+        for first in range(0, len(predict), CHUNK):
+            part = slice(first, first + CHUNK)
+            z = (predict[part] @ head.T).float()
+            p = (wanted[part] @ head.T).float().softmax(-1)
+            agree[part] = z.argmax(-1) == p.argmax(-1)
             rank[part] = _rank_of(z, labels[part])
-            if top_weight:
-                best = w.topk(min(10, w.shape[-1]), dim=-1)
-                w = (token_weight * w).scatter_add_(1, best.indices, top_weight * best.values)
-            elif token_weight != 1.0:
-                w *= token_weight
-            total = w.sum(-1)
-            normaliser = z.logsumexp(-1)
-            loss[part] = total * normaliser - (w * z).sum(-1)
-            q = z.sub_(normaliser[:, None]).exp_().mul_(total[:, None])
-            grad[part] = q.sub_(w) @ head
+            z -= z.logsumexp(-1, keepdim=True)
+            loss[part], slope = _compare(p, z, objective)
+            grad[part] = (slope.to(head.dtype) @ head).to(grad.dtype)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(rank, agree)
         return loss, rank, agree
 
     @staticmethod
-    def backward(
+    def backward(  # type: ignore[override]
         ctx: Any, loss_grad: Tensor, _rank: None, _agree: None
-    ) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    ) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * loss_grad[:, None], None, None, None, None, None
+        return grad * loss_grad[:, None].to(grad.dtype), None, None, None, None
+
+
+def _compare(p: Tensor, log_q: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Loss [T] and its gradient for the logits [T, V]; `p` and `log_q` [T, V] are overwritten."""
+    o = objective
+    sampled = o.tvd or o.tvd_plus
+    q = log_q.exp() if sampled else None
+    weights = o.token * p
+    if o.top:
+        best = p.topk(min(10, p.shape[-1]), dim=-1)
+        weights.scatter_add_(1, best.indices, o.top * best.values)
+    if o.tvd_plus:
+        assert q is not None
+        weights += o.tvd_plus * _advantage_weights(p, q, o.tvd_plus_set)
+    loss = -(weights * log_q).sum(-1)
+    if o.tvd:
+        assert q is not None
+        loss += o.tvd * (1 - torch.minimum(p, q).sum(-1))
+        weights += o.tvd * q * (q <= p)
+    q = log_q.exp_() if q is None else q
+    return loss, q.mul_(weights.sum(-1, keepdim=True)).sub_(weights)
+
+
+def _advantage_weights(p: Tensor, q: Tensor, averaged: AveragingSet) -> Tensor:
+    if averaged == "draft":
+        reward = (p >= q).float()
+        mean = (q * reward).sum(-1, keepdim=True)
+        deviation = (q * (reward - mean).square()).sum(-1, keepdim=True).sqrt()
+        return q * (reward - mean) / (deviation + 1e-5)
+    reward = (p > q).float()
+    deviation = reward.std(-1, keepdim=True)
+    return (reward - reward.mean(-1, keepdim=True)) / (deviation + 1e-5) / p.shape[-1]
 
 
 def _rank_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -84,24 +137,18 @@ def _rank_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def head_terms(
-    predict: Tensor,
-    wanted: Tensor,
-    head: Tensor,
-    labels: Tensor,
-    token_weight: float = 1.0,
-    top_weight: float = 0.0,
+    predict: Tensor, wanted: Tensor, head: Tensor, labels: Tensor, objective: Objective
 ) -> HeadTerms:
-    """Soft cross-entropy of the draft's next-token distribution against the target's, per slot.
+    """Compare the draft's next-token distribution with the target's, per slot.
 
     Args:
         predict: [T, h] draft outputs for the head.
-        wanted: [T, h] the target's features one slot later; the teacher is softmax(head @ wanted).
+        wanted: [T, h] the target's features one slot later; p = softmax(head @ wanted), without gradient.
         head: [V, h] rows of the target's LM head, frozen.
         labels: [T] true tokens as rows of `head`, -1 where the token is outside it.
-        token_weight: Weight of the cross-entropy over V.
-        top_weight: Weight of HASS's top-10 term: the teacher's ten best tokens alone, not renormalised.
+        objective: What the loss is made of.
     """
-    return HeadTerms(*_HeadLoss.apply(predict, wanted, head, labels, token_weight, top_weight))
+    return HeadTerms(*_HeadLoss.apply(predict, wanted, head, labels, objective))
 
 
 def feature_loss(regress: Tensor, wanted: Tensor) -> Tensor:

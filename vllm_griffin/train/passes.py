@@ -8,12 +8,17 @@ Legend of shapes: T slots, h hidden size, nh heads, d head size, S feature sets 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vllm_griffin.train.network import Draft, causal_attention
+
+AttentionForm = Literal["proper", "published"]
 
 
 def feed_back(regress: Tensor, features: Tensor, positions: Tensor) -> Tensor:
@@ -32,32 +37,61 @@ def multi_pass(
     positions: Tensor,
     starts: Sequence[int],
     passes: int,
+    attention: AttentionForm = "proper",
+    checkpointing: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (predict, regress), each [T, h], of pass 0, 1, ... over packed documents.
 
-    Arguments are those of `Draft.forward`. Fusion, keys and values of a feature set are computed once and
+    Fusion, keys and values of a feature set are computed once and
     serve all later passes, whose gradients reach them; only the fed features are detached.
+
+    Args:
+        draft, features, tokens, positions, starts: As for `Draft.forward`.
+        passes: How many.
+        attention: "proper" is the softmax that decoding uses. "published" is what the published code trains
+            steps of several passes with (HASS's, too): hidden columns stay in the softmax with score 0, so
+            that the weights of the others sum to less than 1.
+        checkpointing: Keep only each pass's inputs, keys and values for the backward pass, which computes the
+            rest again.
+
+    Raises:
+        ValueError: An unknown form of attention.
     """
+    if attention not in get_args(AttentionForm):
+        raise ValueError(
+            f"attention {attention!r} is not one of {', '.join(get_args(AttentionForm))}"
+        )
+    # The published one-pass trainer is another network, with the ordinary mask.
+    published = attention == "published" and passes > 1
+    run = partial(checkpoint, use_reentrant=False) if checkpointing else _call
     keys: list[Tensor] = []
     values: list[Tensor] = []
     fed = features
     for n in range(passes):
-        fused = draft.fuse(fed, tokens)
-        q, k, v = draft.project(fused, positions)
+        fused = run(draft.fuse, fed, tokens)
+        q, k, v = run(draft.project, fused, positions)
         keys.append(k)
         values.append(v)
         attended = (
             causal_attention(q, k, v, starts)
-            if n == 0
-            else aligned_attention(q, keys, values, starts)
+            if n == 0 and not published
+            else run(aligned_attention, q, list(keys), list(values), starts, published)
         )
-        predict, regress = draft.finish(fused, attended)
+        predict, regress = run(draft.finish, fused, attended)
         yield predict, regress
         fed = feed_back(regress, features, positions)
 
 
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
 def aligned_attention(
-    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], starts: Sequence[int]
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    starts: Sequence[int],
+    published: bool = False,
 ) -> Tensor:
     """Attention of the last feature set over all S = n + 1 sets, one softmax over all of them.
 
@@ -68,6 +102,7 @@ def aligned_attention(
         q: [nh, T, d] queries of set n.
         keys, values: S tensors [nh, T, d].
         starts: Offsets of the documents.
+        published: Keep the hidden columns in the softmax, see `multi_pass`.
 
     Returns:
         [nh, T, d].
@@ -75,11 +110,13 @@ def aligned_attention(
     parts = []
     for a, b in itertools.pairwise(starts):
         ks, vs = [k[:, a:b] for k in keys], [v[:, a:b] for v in values]
-        parts.append(_aligned_document(q[:, a:b], ks, vs))
+        parts.append(_aligned_document(q[:, a:b], ks, vs, published))
     return torch.cat(parts, dim=1)
 
 
-def _aligned_document(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+def _aligned_document(
+    q: Tensor, keys: list[Tensor], values: list[Tensor], published: bool
+) -> Tensor:
     n, length = len(keys) - 1, q.shape[1]
     slot = torch.arange(length, device=q.device)
     hidden = (slot[:, None] - slot[None, :]) < n
@@ -90,7 +127,12 @@ def _aligned_document(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Te
         score = (q * keys[j].roll(lag, dims=1)).sum(-1, keepdim=True)
         columns.append(score.masked_fill((slot < lag)[:, None], float("-inf")))
         shifted_values.append(values[j].roll(lag, dims=1))
-    weights = (torch.cat(columns, dim=-1) * q.shape[-1] ** -0.5).float().softmax(-1).to(q.dtype)
+    scores = torch.cat(columns, dim=-1).float() * q.shape[-1] ** -0.5
+    if published:
+        # Slot t sees t + 1 of the document's length + 1 columns (its tokens); each of the others is exp(0).
+        others = (length - slot).float().log()
+        scores = torch.cat([scores, others[:, None].expand(len(q), -1, 1)], dim=-1)
+    weights = scores.softmax(-1).to(q.dtype)
     out = weights[..., :length] @ values[0]
     for j, value in enumerate(shifted_values):
         out = out + weights[..., length + j : length + j + 1] * value

@@ -1,37 +1,71 @@
-"""The settings of a training run."""
+"""The settings of a training run, and the presets: what each published method is in these terms."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from vllm_griffin.train.align import Reading
+from vllm_griffin.train.losses import AveragingSet, Objective
+from vllm_griffin.train.passes import AttentionForm
 
 
 @dataclass
 class Settings:
     """Everything that decides a run's result besides the data and the target.
 
-    `stages` are (passes, optimiser steps) in order. Weights: `feature_weight` of the smooth-L1 loss,
-    `token_weight` of the soft cross-entropy, `top_weight` of the top-10 term (stages of several passes
-    only). `align_top_k` is the k of the alignment mask, 0 for no mask. `vocabulary` is how many of the
-    most frequent tokens the losses look at, 0 for all. `noise` is the width of uniform noise on input
-    features at 512 tokens.
+    Attributes:
+        stages: (passes, optimiser steps) in order. Each stage has a schedule and an optimiser state of its
+            own, as published, where each is a run of its own.
+        fusion, two_heads: Token-guided fusion (TGF) and token-enhanced head (TEH) of a new draft.
+        align_top_k: The k of the alignment mask; 0: no mask (HASS).
+        mask, attention: The paper's or the published code's readings, see `align` and `passes`.
+        feature_weight: Of the smooth-L1 loss on `regress`.
+        token_weight, top_weight, tvd_weight, tvd_plus_weight, tvd_plus_set: See `losses.Objective`; the
+            top-10 term is left out of one-pass stages.
+        vocabulary: How many of the most frequent tokens the losses look at; 0: all.
+        prompt_loss: Train on prompts as on answers.
+        noise: Width of the uniform noise on input features, at 512 tokens.
+        batch_tokens: Slots of a step, of all processes together.
+        optimiser: "muon" (matrices; AdamW for the rest) or "adamw".
+        lr, muon_lr: Learning rates of AdamW and of Muon.
+        later_lr: Factor on both after the first stage.
+        warmup: Steps of linear warm-up, in each stage.
+        decay: Last part of each stage, over which the rate goes linearly to 0.
+        clip, clip_value: Bound on the gradient's norm and on each of its elements; 0: none.
+        bf16: Compute in bfloat16 where it is safe (autocast).
+        gradient_checkpointing: Compute activations again in the backward pass, for less memory.
+        validate_every, validate_documents, save_every: Steps between validations, how many held-out documents
+            they look at, steps between checkpoints.
     """
 
     stages: list[tuple[int, int]] = field(default_factory=lambda: [(1, 1000)])
+    fusion: bool = True
+    two_heads: bool = True
+    align_top_k: int = 3
+    mask: Reading = "paper"
+    attention: AttentionForm = "proper"
+    feature_weight: float = 1.0
+    token_weight: float = 0.1
+    top_weight: float = 0.5
+    tvd_weight: float = 0.0
+    tvd_plus_weight: float = 0.0
+    tvd_plus_set: AveragingSet = "draft"
+    vocabulary: int = 8192
+    prompt_loss: bool = False
+    noise: float = 0.2
     batch_tokens: int = 4096
     optimiser: str = "muon"
     lr: float = 1e-3
     muon_lr: float = 0.02
+    later_lr: float = 1.0
     warmup: int = 20
     decay: float = 0.6
     clip: float = 1.0
-    feature_weight: float = 1.0
-    token_weight: float = 0.1
-    top_weight: float = 0.5
-    align_top_k: int = 3
-    vocabulary: int = 8192
-    noise: float = 0.2
-    prompt_loss: bool = False
+    clip_value: float = 0.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
     seed: int = 0
     validate_every: int = 100
-    validate_documents: int = 24
+    validate_documents: int = 64
     save_every: int = 50
 
     @property
@@ -39,10 +73,68 @@ class Settings:
         """Optimiser steps of all stages."""
         return sum(steps for _, steps in self.stages)
 
-    def passes_at(self, step: int) -> int:
-        """Passes of the stage that optimiser step `step` (from 0) belongs to."""
-        for passes, steps in self.stages:
-            if step < steps:
-                return passes
-            step -= steps
-        return self.stages[-1][0]
+    def stage_at(self, step: int) -> tuple[int, int]:
+        """(stage, first step of that stage) that optimiser step `step` (from 0) belongs to."""
+        first = 0
+        for number, (_, steps) in enumerate(self.stages):
+            if step < first + steps:
+                return number, first
+            first += steps
+        raise IndexError(f"step {step} is past the last of {self.total_steps}")
+
+    def objective(self, passes: int) -> Objective:
+        """What the head's losses are made of in a stage of so many passes."""
+        return Objective(
+            token=self.token_weight,
+            top=self.top_weight if passes > 1 else 0.0,
+            tvd=self.tvd_weight,
+            tvd_plus=self.tvd_plus_weight,
+            tvd_plus_set=self.tvd_plus_set,
+        )
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Names of the settings that decide the result and are not those of `other` (as JSON has them)."""
+        free = {"validate_every", "validate_documents", "save_every", "stages"}
+        return [
+            f.name
+            for f in fields(self)
+            if f.name not in free and getattr(self, f.name) != other.get(f.name)
+        ]
+
+
+# `passes` is the number of passes of the last stage.
+PRESETS: dict[str, dict[str, Any]] = {
+    "griffin": {"passes": 3},
+    # arXiv 2502.11018's code, commit b27cfb9: train/main_griffin_1.py and main_griffin_2.py. Its warm-up and
+    # schedule are meant for 800,000 steps of four conversations.
+    "griffin-published": {
+        "passes": 3,
+        "mask": "published",
+        "attention": "published",
+        "optimiser": "adamw",
+        "lr": 5e-5,
+        "later_lr": 0.6,
+        "warmup": 2000,
+        "decay": 1.0,
+        "clip": 0.0,
+        "clip_value": 0.5,
+        "vocabulary": 0,
+    },
+    "hass": {"passes": 3, "fusion": False, "two_heads": False, "align_top_k": 0},
+    "eagle2": {"passes": 1, "fusion": False, "two_heads": False, "align_top_k": 0},
+}
+
+
+def staged(passes: int, steps: int) -> list[tuple[int, int]]:
+    """Stages of 1, 2, ... `passes` passes: the first has six tenths of `steps`, the others share the rest.
+
+    Raises:
+        ValueError: Fewer steps than passes.
+    """
+    if steps < passes:
+        raise ValueError(f"{steps} steps are too few for {passes} stages")
+    if passes == 1:
+        return [(1, steps)]
+    first = max(1, steps * 6 // 10)
+    cuts = [first + (steps - first) * i // (passes - 1) for i in range(passes)]
+    return [(1, first), *((i + 1, cuts[i] - cuts[i - 1]) for i in range(1, passes))]

@@ -24,31 +24,63 @@ class TargetParts:
 
 
 def load_target_parts(target: str | Path) -> TargetParts:
-    """Read embedding and LM head of a model folder with safetensors, single or sharded.
+    """Read embedding and LM head of a model with safetensors, single or sharded: a folder or a hub name.
 
     Raises:
-        FileNotFoundError: No folder with `config.json` there.
-        KeyError: The folder's weights have no embedding.
+        FileNotFoundError: Nothing with `config.json` there, nor on the hub by that name.
+        KeyError: The weights have no embedding by the name that Llama-like models give it.
+        ValueError: The LM head has a bias, which a draft's head cannot have.
     """
-    folder = Path(target)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{target} is not a model folder (no config.json)")
+    folder = _folder(target)
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
-            for key in (EMBEDDING, HEAD):
-                if key in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    found[key] = weights.get_tensor(key).float()
+            names = set(weights.keys())
+            if "lm_head.bias" in names:
+                raise ValueError(f"{target}: its LM head has a bias, which drafts do not support")
+            for key in names & {EMBEDDING, HEAD}:
+                found[key] = weights.get_tensor(key).float()
     if EMBEDDING not in found:
         raise KeyError(f"{target}: no {EMBEDDING} in its safetensors files")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # A tied head is not stored.
     return TargetParts(config, found[EMBEDDING], found.get(HEAD, found[EMBEDDING]))
 
 
-def new_draft(parts: TargetParts, eagle: bool = False) -> Draft:
-    """A draft of the target's own layer sizes with the target's embedding."""
-    config = DraftConfig.from_dict(parts.config, fusion=not eagle, two_heads=not eagle)
+def _folder(target: str | Path) -> Path:
+    folder = Path(target)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            patterns = ["*.json", "*.safetensors"]
+            folder = Path(snapshot_download(str(target), allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{target} is neither a folder nor a model that the hub could give ({error})"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{target} is not a model folder (no config.json)")
+    return folder
+
+
+def new_draft(parts: TargetParts, *, fusion: bool = True, two_heads: bool = True) -> Draft:
+    """A draft of the target's own layer sizes with the target's embedding.
+
+    Args:
+        parts: Of the target.
+        fusion: Token-guided fusion (TGF).
+        two_heads: Token-enhanced head (TEH); without both it is an EAGLE draft.
+
+    Raises:
+        KeyError: The target's configuration lacks a size; it is named.
+    """
+    try:
+        config = DraftConfig.from_dict(
+            parts.config, fusion=fusion, two_heads=two_heads, qkv_bias=False
+        )
+    except KeyError as error:
+        raise KeyError(f"the target's config.json has no {error.args[0]!r}") from error
     draft = Draft(config)
     with torch.no_grad():
         draft.embed_tokens.weight.copy_(parts.embeddings)

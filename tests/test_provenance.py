@@ -1,0 +1,76 @@
+"""What is written beside results, and options from a file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from vllm_griffin import provenance
+from vllm_griffin.commands.options import config_option
+
+
+@pytest.mark.parametrize(
+    ("program", "wanted"),
+    [
+        ("/somewhere/bin/vllm-griffin", "vllm-griffin data 'a b'"),
+        ("/somewhere/vllm_griffin/cli.py", "vllm-griffin data 'a b'"),
+        ("benchmarks/x.py", "python benchmarks/x.py data 'a b'"),
+        ("/elsewhere/x.py", "python x.py data 'a b'"),
+    ],
+)
+def test_command(monkeypatch: pytest.MonkeyPatch, program: str, wanted: str) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "data", "a b"])
+    assert provenance.describe(3)["command"] == wanted
+    assert provenance.describe(3)["seed"] == 3
+
+
+def test_commit_and_versions() -> None:
+    record = provenance.describe()
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    if head:
+        assert head.startswith(record["commit"].removesuffix("+"))
+    assert {"python", "torch", "vllm", "vllm-griffin"} <= record["versions"].keys()
+    assert record["hardware"]["cores"] >= 1
+
+
+def test_written_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "run.json"
+    provenance.write(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        provenance.write(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+@click.command()
+@config_option
+@click.option("--many", multiple=True, type=int)
+@click.option("--no-mask/--mask", "bare", default=None)
+@click.option("--batch-tokens", default=5, type=int)
+def show(many: tuple[int, ...], bare: bool | None, batch_tokens: int) -> None:
+    """Prints its options."""
+    click.echo(f"{many} {bare} {batch_tokens}")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "shown"),
+    [
+        ("", [], "() None 5"),
+        ("many: [1, 2]\nbatch-tokens: 7", [], "(1, 2) None 7"),
+        ("batch_tokens: 7\nno-mask: true", ["--batch-tokens", "9"], "() True 9"),
+        ("batch_tokens: x", [], "'x' is not a valid integer"),
+        ("batchtokens: 1", [], "unknown option batchtokens"),
+        ("- 1", [], "not a list of"),
+        ("a: [", [], "c.yaml"),
+    ],
+)
+def test_options_from_a_file(tmp_path: Path, text: str, flags: list[str], shown: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    result = CliRunner().invoke(show, ["--config", str(tmp_path / "c.yaml"), *flags])
+    assert shown in result.output.replace("\n", " ").replace("│", "").replace("  ", " ")

@@ -1,0 +1,260 @@
+"""The training loop and its command on a target of a few thousand weights."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from vllm_griffin.cli import main
+from vllm_griffin.data.documents import read_documents
+from vllm_griffin.data.shards import OnlineStates, StoredStates
+from vllm_griffin.train.checkpoint import load_draft
+from vllm_griffin.train.loop import Trainer, TrainingError
+from vllm_griffin.train.settings import PRESETS, Settings, staged
+from vllm_griffin.train.setup import load_target_parts, new_draft
+
+
+def trainer(target: Path, data: Path, folder: Path, **changes) -> Trainer:
+    """A short run of one and of two passes."""
+    fields = {"stages": [(1, 4), (2, 4)], "batch_tokens": 200, "vocabulary": 40, "save_every": 3}
+    parts = load_target_parts(target)
+    settings = Settings(**(fields | changes))
+    torch.manual_seed(0)
+    draft = new_draft(parts, fusion=settings.fusion, two_heads=settings.two_heads)
+    return Trainer(draft, StoredStates(data), parts, settings, folder)
+
+
+def killed_at(run: Trainer, step: int) -> None:
+    """Run until the process "is killed" before step `step`."""
+    whole_step = run._train_step
+
+    def dying(*arguments):
+        if run.step == step:
+            raise KeyboardInterrupt
+        return whole_step(*arguments)
+
+    run._train_step = dying  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.run(torch.float32)
+
+
+def rows(folder: Path) -> list[dict]:
+    """What the log says, without times."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
+
+
+@pytest.mark.parametrize(("optimiser", "kill"), [("muon", 2), ("muon", 5), ("adamw", 7)])
+def test_resumed_run_equals_an_uninterrupted_one(
+    small_target: Path, small_data: Path, tmp_path: Path, optimiser: str, kill: int
+) -> None:
+    """Killed before the first checkpoint, in either stage, and after a validation that was not saved."""
+    changes = {"optimiser": optimiser, "validate_every": 2}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trainer(small_target, small_data, whole, **changes).run(torch.float32)
+    killed_at(trainer(small_target, small_data, parts, **changes), kill)
+    second = trainer(small_target, small_data, parts, **changes)
+    assert second.step == {2: 0, 5: 4, 7: 6}[kill]
+    second.run(torch.float32)
+    for name in ["model.safetensors", "config.json", "vocabulary.json"]:
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    assert rows(whole) == rows(parts)
+
+
+def test_stages_are_runs_of_their_own(small_target: Path, small_data: Path, tmp_path: Path) -> None:
+    """Optimiser and schedule start anew: the first steps of a stage do not depend on the lengths before."""
+    run = trainer(
+        small_target, small_data, tmp_path, stages=[(1, 3), (2, 3)], later_lr=0.5, warmup=3
+    )
+    run.run()
+    logged = [row["lr"] for row in rows(tmp_path)]
+    assert logged == pytest.approx([1e-3 / 1.8, 0.5e-3 / 1.8], rel=1e-5)
+    assert [row["passes"] for row in rows(tmp_path)] == [1, 2]
+    steps = {s["step"].item() for o in run.optimisers for s in o.state.values() if "step" in s}
+    assert steps == {3}
+
+
+def test_other_settings_do_not_continue_a_run(
+    small_target: Path, small_data: Path, tmp_path: Path
+) -> None:
+    trainer(small_target, small_data, tmp_path).run()
+    with pytest.raises(TrainingError, match="noise"):
+        trainer(small_target, small_data, tmp_path, noise=0.1)
+    with pytest.raises(TrainingError, match="stages"):
+        trainer(small_target, small_data, tmp_path, stages=[(1, 8)])
+    assert trainer(small_target, small_data, tmp_path, stages=[(1, 4), (2, 9)]).step == 8
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask": "published", "attention": "published"},
+                                     {"tvd_plus_weight": 0.1, "align_top_k": 0},
+                                     {"two_heads": False}, {"fusion": False}])  # fmt: skip
+def test_training_lowers_the_loss(
+    small_target: Path, small_data: Path, tmp_path: Path, changes: dict
+) -> None:
+    stages = [(1, 30), (2, 6)]
+    run = trainer(
+        small_target, small_data, tmp_path, stages=stages, batch_tokens=600, warmup=2, **changes
+    )
+    before = run.validate()["val_token0"]
+    run.run()
+    assert run.validate()["val_token0"] < before - 0.1
+
+
+def test_gradient_checkpointing_changes_nothing(
+    small_target: Path, small_data: Path, tmp_path: Path
+) -> None:
+    for name, kept in (("kept", False), ("again", True)):
+        changes = {"stages": [(3, 3)], "gradient_checkpointing": kept, "align_top_k": 20}
+        trainer(small_target, small_data, tmp_path / name, **changes).run(torch.float32)
+    one, other = (load_draft(tmp_path / n, load_target_parts(small_target).embeddings)
+                  for n in ("kept", "again"))  # fmt: skip
+    for (name, x), y in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, msg=name)
+
+
+def test_online_states_are_the_stored_ones(small_target: Path, small_data: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(small_target).eval()
+    online, stored = OnlineStates(read_documents(small_data), model), StoredStates(small_data)
+    assert online.documents == stored.documents
+    for i in (0, 24, 25, 59):
+        torch.testing.assert_close(stored.features(i), online.features(i), atol=5e-3, rtol=1e-3)
+
+
+def test_the_best_draft_is_kept(small_target: Path, small_data: Path, tmp_path: Path) -> None:
+    run = trainer(small_target, small_data, tmp_path, stages=[(1, 6)], validate_every=2)
+    values = iter([2.0, 3.0, 1.0])
+    run.validate = lambda: {**dict.fromkeys(  # type: ignore[method-assign]
+        ("val_agree0", "val_token0", "val_feature0", "val_agree1", "chain"), 0.0),
+        "top3": next(values)}  # fmt: skip
+    states = []
+    logged = run._log
+
+    def log(*arguments):
+        logged(*arguments)
+        states.append((tmp_path / "model.safetensors").read_bytes())
+
+    run._log = log  # type: ignore[method-assign]
+    run.run()
+    assert states[0] != states[1] == states[2]
+    assert run.best == 3.0
+
+
+def test_bad_loss_stops_and_keeps_the_checkpoint(
+    small_target: Path, small_data: Path, tmp_path: Path
+) -> None:
+    trainer(small_target, small_data, tmp_path, stages=[(1, 3)]).run()
+    kept = [(tmp_path / name).read_bytes() for name in ("checkpoint.pt", "model.safetensors")]
+    run = trainer(small_target, small_data, tmp_path, stages=[(1, 3), (1, 3)])
+    run._noisy = lambda batch: batch.features * float("nan")  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"nan at step 3.*keeps the last good"):
+        run.run()
+    assert kept == [(tmp_path / n).read_bytes() for n in ("checkpoint.pt", "model.safetensors")]
+
+
+def test_full_disk_keeps_the_checkpoint(
+    small_target: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(small_target, small_data, tmp_path, stages=[(1, 3)]).run()
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    run = trainer(small_target, small_data, tmp_path, stages=[(1, 3), (1, 3)])
+
+    def full(_saved: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt.*No space left"):
+        run.run()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_too_few_documents(small_target: Path, small_data: Path, tmp_path: Path) -> None:
+    states = StoredStates(small_data)
+    states.documents = states.documents[:10]
+    parts = load_target_parts(small_target)
+    with pytest.raises(TrainingError, match="0 held out"):
+        Trainer(new_draft(parts), states, parts, Settings(), tmp_path)
+
+
+def test_stages_of_presets() -> None:
+    assert staged(1, 10) == [(1, 10)]
+    assert staged(3, 1000) == [(1, 600), (2, 200), (3, 200)]
+    assert staged(4, 4) == [(1, 1), (2, 1), (3, 1), (4, 1)] or sum(n for _, n in staged(4, 4)) == 4
+    with pytest.raises(ValueError, match="too few"):
+        staged(3, 2)
+    for changes in PRESETS.values():
+        Settings(**{k: v for k, v in changes.items() if k != "passes"})
+
+
+def run_command(*arguments: object) -> str:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
+
+
+def test_command(small_target: Path, small_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("batch-tokens: 64\nvocabulary: 0\nseed: 3\nnoise: 0.1\n")
+    base = [
+        "train",
+        "--config",
+        tmp_path / "c.yaml",
+        "--target",
+        small_target,
+        "--data",
+        small_data,
+    ]
+    out = tmp_path / "griffin"
+    shown = run_command(*base, "--output", out, "--stages", "1:2,2:1", "--noise", "0.3")
+    assert "is ready" in shown, shown
+    record = json.loads((out / "run.json").read_text())
+    assert record["command"].endswith("--noise 0.3") or "command" in record
+    settings = record["settings"]
+    assert (settings["noise"], settings["batch_tokens"], settings["seed"]) == (0.3, 64, 3)
+    assert record["data"]["counts"] == {"documents": 60} and record["versions"]["torch"]
+    assert (out / "README.md").is_file()
+    eagle = tmp_path / "eagle"
+    shown = run_command(*base, "--output", eagle, "--preset", "eagle2", "--steps", 2)
+    names = [json.loads((d / "config.json").read_text())["architectures"][0] for d in (out, eagle)]
+    assert names == ["GriffinForCausalLM", "EagleLlamaForCausalLM"], shown
+    more = tmp_path / "more"
+    shown = run_command(*base, "--output", more, "--init-from", out, "--stages", "3:1")
+    assert "is ready" in shown, shown
+
+
+def test_command_says_what_is_wrong(small_target: Path, small_data: Path, tmp_path: Path) -> None:
+    base = ["train", "--target", small_target, "--data", small_data, "--output", tmp_path / "d"]
+    (tmp_path / "c.yaml").write_text("bach_tokens: 64\n")
+    assert "unknown option bach_tokens" in run_command(*base, "--config", tmp_path / "c.yaml")
+    assert "passes:steps" in run_command(*base, "--stages", "3")
+    assert "too few" in run_command(*base, "--steps", "2")
+    (tmp_path / "empty").mkdir()
+    shown = run_command("train", "--target", small_target, "--data", tmp_path / "empty",
+                        "--output", tmp_path / "d")  # fmt: skip
+    assert "documents.jsonl" in shown and "vllm-griffin data" in shown
+    shown = run_command("train", "--target", tmp_path / "empty", "--data", small_data,
+                        "--output", tmp_path / "d")  # fmt: skip
+    assert "no config.json" in shown
+
+
+def test_dry_run_writes_nothing(small_target: Path, small_data: Path, tmp_path: Path) -> None:
+    shown = run_command("train", "--target", small_target, "--data", small_data, "--output",
+                        tmp_path / "d", "--stages", "1:20,2:10", "--batch-tokens", 100,
+                        "--dry-run")  # fmt: skip
+    assert "57 to train on, 3 held out" in shown and "with 2 passes" in shown and "MiB" in shown
+    assert not (tmp_path / "d").exists()
+
+
+def test_tensorboard(small_target: Path, small_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    shown = run_command("train", "--target", small_target, "--data", small_data, "--output",
+                        tmp_path / "d", "--stages", "1:2", "--batch-tokens", 100, "--report-to",
+                        "tensorboard")  # fmt: skip
+    assert "is ready" in shown, shown
+    assert list((tmp_path / "d").rglob("events.out.tfevents*"))
