@@ -1,9 +1,11 @@
 """Documents of token ids, with the tokens that are the assistant's."""
 
 import json
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HELD_OUT_EVERY = 20  # one prompt in 20 (5 %) is for validation
 FILE = "documents.jsonl"
@@ -52,11 +54,18 @@ def read_documents(folder: str | Path) -> list[Document]:
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
-                spans = [(int(a), int(b)) for a, b in row["answer"]]
-                documents.append(Document(int(row["id"]), list(row["tokens"]), spans))
+                documents.append(_parse(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}, line {number}: {type(error).__name__}: {error}"
                 ) from error
     return documents
+
+
+def _parse(row: dict[str, Any]) -> Document:
+    tokens = [operator.index(token) for token in row["tokens"]]
+    spans = [(operator.index(a), operator.index(b)) for a, b in row["answer"]]
+    edges = [0, *(edge for span in spans for edge in span), len(tokens)]
+    if edges != sorted(edges):
+        raise ValueError(f"answer {spans} is not in order within {len(tokens)} tokens")
+    return Document(operator.index(row["id"]), tokens, spans)

@@ -11,6 +11,7 @@ A shard (safetensors) holds some documents, one after another:
 
 import bisect
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +61,11 @@ def _spans(marks: Tensor) -> list[tuple[int, int]]:
     return list(zip(first.tolist(), last.tolist(), strict=True))
 
 
+@lru_cache(maxsize=64)  # a large data set has more shards than a process may have open files
+def _open(path: Path) -> Any:
+    return safe_open(path, "pt")
+
+
 class StoredStates:
     """Documents of a folder of shards. Hidden states are read when they are asked for."""
 
@@ -71,7 +77,7 @@ class StoredStates:
         """
         self.documents: list[Document] = []
         self._first: list[int] = []  # number of each shard's first document
-        self._shards: list[Any] = []
+        self._paths: list[Path] = []
         self._starts: list[list[int]] = []
         paths = sorted(Path(folder).glob("shard-*.safetensors"))[:max_shards]
         if not paths:
@@ -79,11 +85,11 @@ class StoredStates:
                 f"{folder} has no shard-*.safetensors: make them with vllm-griffin data"
             )
         for path in paths:
-            shard = safe_open(path, "pt")
+            shard = _open(path)
             starts = shard.get_tensor("starts").tolist()
             tokens, answer = shard.get_tensor("tokens"), shard.get_tensor("answer")
             self._first.append(len(self.documents))
-            self._shards.append(shard)
+            self._paths.append(path)
             self._starts.append(starts)
             for id_, a, b in zip(
                 shard.get_tensor("ids").tolist(), starts, starts[1:], strict=False
@@ -95,7 +101,7 @@ class StoredStates:
         shard = bisect.bisect_right(self._first, number) - 1
         place = number - self._first[shard]
         a, b = self._starts[shard][place : place + 2]
-        return self._shards[shard].get_slice("hidden")[a:b].float()
+        return _open(self._paths[shard]).get_slice("hidden")[a:b].float()
 
 
 class OnlineStates:

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from vllm_griffin.model.checkpoint import find_folder
 from vllm_griffin.train.network import Draft, DraftConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -27,11 +28,14 @@ def load_target_parts(target: str | Path) -> TargetParts:
     """Read embedding and LM head of a model with safetensors, single or sharded: a folder or a hub name.
 
     Raises:
-        FileNotFoundError: Nothing with `config.json` there, nor on the hub by that name.
+        CheckpointError: Neither a folder nor a model that the hub could give.
+        FileNotFoundError: A folder without `config.json`.
         KeyError: The weights have no embedding by the name that Llama-like models give it.
         ValueError: The LM head has a bias, which a draft's head cannot have.
     """
-    folder = _folder(target)
+    folder = find_folder(target)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{target} is not a model folder (no config.json)")
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
@@ -45,23 +49,6 @@ def load_target_parts(target: str | Path) -> TargetParts:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # A tied head is not stored.
     return TargetParts(config, found[EMBEDDING], found.get(HEAD, found[EMBEDDING]))
-
-
-def _folder(target: str | Path) -> Path:
-    folder = Path(target)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            patterns = ["*.json", "*.safetensors"]
-            folder = Path(snapshot_download(str(target), allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"{target} is neither a folder nor a model that the hub could give ({error})"
-            ) from error
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{target} is not a model folder (no config.json)")
-    return folder
 
 
 def new_draft(parts: TargetParts, *, fusion: bool = True, two_heads: bool = True) -> Draft:

@@ -76,17 +76,19 @@ class DraftLoss(nn.Module):
 
 @torch.no_grad()
 def held_out_counts(draft: Draft, vocabulary: LossVocabulary, batch: Batch) -> dict[str, float]:
-    """Sums over a batch of what validation averages; documents of more passes' depth only count as roots.
+    """Sums over a batch of what validation averages.
 
     ``chain`` and ``top3`` are sums over roots of how many first passes have the document's token as their
     best, or among their best three, in a row: what a chain, and about what a tree, accepts of it.
     """
     labels = vocabulary.rows(batch.labels)
-    lengths = torch.tensor(batch.starts, device=batch.labels.device).diff()
-    # Roots whose drafted tokens all exist, so that every pass counts the same roots.
-    room = lengths.repeat_interleave(lengths) - batch.positions > VALIDATION_PASSES
-    chain = batch.drafted & room
-    top3 = chain.clone()
+    # Roots whose drafted tokens all exist and are the assistant's, so that every pass counts the same roots.
+    # A document's last slot has no label, so no root reaches into the next one.
+    chain = known = batch.drafted & (batch.labels >= 0)
+    for _ in range(1, VALIDATION_PASSES):
+        known = torch.cat([known[1:], known.new_zeros(1)])
+        chain = chain & known
+    top3 = chain
     rows = batch.drafted.nonzero()[:, 0]
     result: dict[str, float] = {
         "roots": int(chain.sum()),

@@ -1,0 +1,261 @@
+"""``vllm-griffin data`` as a user calls it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.training.data_target import MARKED, chat_target
+from vllm_griffin.cli import main
+from vllm_griffin.data.documents import read_documents
+from vllm_griffin.data.shards import StoredStates
+
+TINY = Path(__file__).parents[2] / "examples" / "models" / "target"
+CHATS = [
+    {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "yes!"}]}
+    for i in range(40)
+]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["data", *map(str, arguments)])
+
+
+def succeed(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fail(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit), result.exception  # no traceback
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def target(small_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_target(small_target, tmp_path_factory.mktemp("chat") / "target")
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    return path
+
+
+def test_chats_to_stored_states(target: Path, chats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    output = succeed("--target", target, "--input", chats, "--output", out)
+    assert "⟦yes!<|end|>⟧" in output
+    assert "40 documents of 40 prompts" in output and "2 documents are held out" in output
+    record = json.loads((out / "data.json").read_text())
+    assert record["finished"] and record["versions"]["torch"] and record["command"]
+    assert record["counts"] == {
+        "documents": 40,
+        "prompts": 40,
+        "tokens": sum(len(d.tokens) for d in read_documents(out)),
+        "assistant_tokens": 40 * 5,
+        "held_out_documents": 2,
+        "cut_documents": 0,
+        "excluded_prompts": 0,
+        "repeated_prompts": 0,
+        "skipped": 0,
+    }
+    states = StoredStates(out)
+    assert states.documents == read_documents(out)
+    assert states.features(39).shape == (len(states.documents[39].tokens), 32)
+
+
+def test_same_settings_go_on_and_others_are_refused(
+    target: Path, chats: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    common = ("--target", target, "--input", chats, "--output", out)
+    succeed(*common)
+    shard = out / "shard-00000.safetensors"
+    before = shard.read_bytes()
+    shard.unlink()
+    succeed(*common, "--threads", 1)
+    assert shard.read_bytes() == before
+    assert "another --limit, --seed:" in fail(*common, "--seed", 1, "--limit", 3)
+    chats.write_text(chats.read_text() + json.dumps({"text": "abc"}) + "\n")
+    assert "another --input:" in fail(*common)
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    target: Path, chats: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes").write_text("mine")
+    output = fail("--target", target, "--input", chats, "--output", tmp_path / "data")
+    assert "is not empty and holds no training data" in output
+
+
+def test_online_stores_no_states(target: Path, chats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    succeed("--target", target, "--input", chats, "--output", out, "--hidden-states", "online")
+    assert sorted(p.name for p in out.iterdir()) == ["data.json", "documents.jsonl"]
+    assert len(read_documents(out)) == 40
+
+
+def test_lines_that_cannot_be_used(target: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "a.jsonl", tmp_path / "data"
+    rows = [json.dumps(CHATS[0]), "{", json.dumps({"prompt": "no answer"}), ""]
+    rows += [json.dumps({"prompt_token_ids": [1], "response_token_ids": [60]})]
+    path.write_text("\n".join(rows) + "\n")
+    common = ("--target", target, "--input", path, "--output", out)
+    output = succeed(*common)
+    for number, reason in {
+        2: "not JSON",
+        3: "no answer of an assistant (--generate makes one)",
+        4: "empty line",
+        5: "a token id is outside the target's 60",
+    }.items():
+        assert f"skipped {path}, line {number}: {reason}" in output
+    assert "4 lines or chats could not be used" in output
+    other = tmp_path / "other"
+    stopped = fail("--target", target, "--input", path, "--output", other, "--on-error", "stop")
+    assert f"{path}, line 2: not JSON" in stopped
+    path.write_text("{\n")
+    nothing = fail("--target", target, "--input", path, "--output", other)
+    assert "there is nothing to train on" in nothing
+
+
+def test_a_target_without_a_template(small_target: Path, chats: Path, tmp_path: Path) -> None:
+    target = chat_target(small_target, tmp_path / "target", None)
+    common = ("--target", target, "--input", chats, "--output", tmp_path / "data")
+    assert "--chat-template FILE" in fail(*common)
+    template = tmp_path / "template.jinja"
+    template.write_text(MARKED)
+    # The failed run made nothing, so it does not bind the folder to its settings.
+    output = succeed(*common, "--chat-template", template)
+    assert "⟦yes!⟧" in output
+
+
+def test_long_documents_are_cut_and_told(target: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "a.jsonl", tmp_path / "data"
+    rows = [
+        {"prompt_token_ids": [1] * 4, "response_token_ids": [2] * 10},
+        {"prompt_token_ids": [2] * 4, "response_token_ids": [2] * 4},
+        {"prompt_token_ids": [3] * 12, "response_token_ids": [2] * 4},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("--target", target, "--input", path, "--output", out)
+    output = succeed(*common, "--max-length", 8)
+    assert [(len(d.tokens), d.answer) for d in read_documents(out)] == [(8, [(4, 8)])] * 2
+    assert "1 documents were longer than --max-length" in output
+    assert "line 3: its answer begins after 8 tokens" in output
+    assert "over the target's 64 tokens" in fail(*common, "--max-length", 65)
+
+
+def test_texts_are_cut_in_pieces_of_one_prompt(target: Path, tmp_path: Path) -> None:
+    first, second, out = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "data"
+    first.write_text("abcdefghij" * 2 + "xy")
+    second.write_text("klm")
+    succeed("--target", target, "--input", first, "--input", second, "--output", out, "--length", 5)
+    found = read_documents(out)
+    assert [(d.id, len(d.tokens)) for d in found] == [(0, 5)] * 4 + [(1, 3)]
+    assert all(d.answer == [(0, len(d.tokens))] for d in found)
+
+
+def test_evaluation_prompts_are_left_out(target: Path, chats: Path, tmp_path: Path) -> None:
+    evaluation = tmp_path / "eval.jsonl"
+    evaluation.write_text(json.dumps({"turns": [" q3\n"]}) + "\n")
+    out = tmp_path / "data"
+    common = ("--target", target, "--input", chats, "--hidden-states", "online")
+    output = succeed(*common, "--output", out, "--exclude", evaluation)
+    assert "1 prompts are among those to exclude" in output
+    assert [d.id for d in read_documents(out)] == [i for i in range(40) if i != 3]
+    # As token ids too, which are compared with the rendered prompt.
+    from vllm_griffin.data.chat import ChatTemplate, load_tokenizer
+
+    prompt = ChatTemplate(load_tokenizer(str(target))).prompt([{"role": "user", "content": "q3"}])
+    tokens = tmp_path / "tokens.jsonl"
+    tokens.write_text(
+        json.dumps({"prompt_token_ids": prompt, "response_token_ids": [2, 3]})
+        + json.dumps({"prompt_token_ids": [1, 2], "response_token_ids": [2, 3]}).join("\n\n")
+    )
+    evaluation.write_text(json.dumps({"turns": ["q3"]}) + "\n")
+    other = tmp_path / "other"
+    succeed("--target", target, "--input", tokens, "--exclude", evaluation, "--output", other)
+    assert [d.tokens for d in read_documents(other)] == [[1, 2, 2, 3]]
+
+
+def test_limit_and_dry_run(target: Path, chats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    output = succeed(
+        "--target", target, "--input", chats, "--output", out, "--limit", 7, "--dry-run"
+    )
+    assert not out.exists()
+    assert "7 documents of 7 prompts" in output and "none is held out" in output
+    tokens = int(output.split(" tokens, ")[-2].split()[-1])
+    assert f"hidden states: {tokens * 64 / 1024:.0f} KiB on disk; memory: about" in output
+
+
+def test_a_yaml_file_gives_the_options(target: Path, chats: Path, tmp_path: Path) -> None:
+    config = tmp_path / "data.yaml"
+    config.write_text(
+        f"target: {target}\ninput: [{chats}]\nlimit: 5\nhidden-states: online\ntemperatures: [0, 1]\n"
+    )
+    succeed("--config", config, "--output", tmp_path / "data", "--limit", 4)
+    assert len(read_documents(tmp_path / "data")) == 4
+    settings = json.loads((tmp_path / "data" / "data.json").read_text())["settings"]
+    assert settings["temperatures"] == [0.0, 1.0]
+
+
+def test_usage(target: Path, tmp_path: Path) -> None:
+    common = ("--target", target, "--output", tmp_path / "data")
+    assert "either --input FILE or --draw N" in fail(*common)
+    output = fail(*common, "--draw", 1, "--temperatures", "0,warm")
+    assert "numbers with commas between" in output
+    assert "is neither a model folder nor" in fail(
+        "--target", tmp_path, "--output", tmp_path / "x", "--draw", 1
+    )
+
+
+def test_the_sample_is_coloured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.training.data_target import tokenizer
+    from vllm_griffin.data import show
+    from vllm_griffin.data.documents import Document
+
+    printed: list[str] = []
+    monkeypatch.setattr(show.click, "echo", printed.append)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    made = tokenizer()
+    show.sample(Document(0, made("abcd")["input_ids"], [(1, 3)]), made)
+    assert printed[1] == "a\x1b[32mbc\x1b[0md\n"
+
+
+def test_the_target_answers_through_vllm(tmp_path: Path) -> None:
+    """Two engines: responses, and hidden states from vLLM, equal to Hugging Face's."""
+    text, out = tmp_path / "a.py", tmp_path / "data"
+    text.write_text(Path(__file__).read_text()[:1200])
+    common = ("--target", TINY, "--input", text, "--generate", "--length", 100)
+    common = (*common, "--prompt-tokens", 20, "--max-new-tokens", 6, "--max-length", 64)
+    succeed(*common, "--output", out, "--hidden-states", "vllm")
+    rows = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert len(rows) > 2 and [r["temperature"] for r in rows[:3]] == [0.0, 0.7, 1.0]
+    stored = StoredStates(out)
+    assert [d.tokens for d in stored.documents] == [
+        r["prompt_token_ids"] + r["response_token_ids"] for r in rows
+    ]
+    assert stored.documents[0].answer == [(20, 20 + len(rows[0]["response_token_ids"]))]
+    from vllm_griffin.data.hidden import hugging_face_states
+
+    with hugging_face_states(str(TINY)) as states:
+        wanted = states(stored.documents)
+    for i, one in enumerate(wanted):
+        assert (stored.features(i) - one.float()).abs().max() < 5e-3
+    # The greedy answer is the argmax of the target's own logits.
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([stored.documents[0].tokens])).logits[0]
+    assert logits[19:-1].argmax(-1).tolist() == rows[0]["response_token_ids"]

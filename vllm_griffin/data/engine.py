@@ -1,0 +1,83 @@
+"""The target in a plain vLLM engine, without speculation."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import torch
+
+
+def prepare_environment(threads: int | None) -> None:
+    """Settings that vLLM reads from the environment when it is imported, unless the user has made them.
+
+    Without a GPU the engine is this package's Model Runner V2 on the CPU: vLLM's own CPU engine takes no
+    seeds. Call it before anything imports Triton.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    if torch.cuda.is_available():
+        return
+    from vllm_griffin.cpu.shim import prepare_process
+
+    for name, value in {
+        "VLLM_GRIFFIN_CPU": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # Threads pinned by the engine would stay pinned for what this process does afterwards.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }.items():
+        os.environ.setdefault(name, value)
+    prepare_process()
+
+
+@contextmanager
+def engine(
+    target: str, max_length: int, seed: int, tensor_parallel: int = 1, **arguments: Any
+) -> Iterator[Any]:
+    """A `vllm.LLM` of the target, shut down at the end.
+
+    Args:
+        target: Model folder.
+        max_length: Tokens of a prompt and its response, at most.
+        seed: Seed of the engine.
+        tensor_parallel: GPUs that share the model.
+        arguments: More of `vllm.LLM`'s.
+
+    Raises:
+        click.ClickException: vLLM is not installed.
+    """
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise click.ClickException(
+            f"this needs vLLM (pip install 'vllm-griffin[cpu]' or '[cuda]'): {error}"
+        ) from error
+    on_gpu = torch.cuda.is_available()
+    defaults: dict[str, Any] = {
+        "dtype": "auto" if on_gpu else "float32",
+        "enforce_eager": not on_gpu,
+        "max_num_seqs": 256 if on_gpu else 16,
+    }
+    llm = LLM(
+        target,
+        max_model_len=max_length,
+        seed=seed,
+        tensor_parallel_size=tensor_parallel,
+        **(defaults | arguments),
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def complete(llm: Any, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:
+    """What the engine answers to prompts of token ids, in their order."""
+    outputs: list[Any] = llm.generate(
+        [{"prompt_token_ids": tokens} for tokens in prompts], list(params), use_tqdm=False
+    )
+    return outputs
