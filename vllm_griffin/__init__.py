@@ -12,8 +12,10 @@ def register() -> None:
     # Again, because vLLM swallows what a platform plugin raises.
     cpu_platform()
     from vllm_griffin.compat import install
+    from vllm_griffin.compat.speculators import register_layout
 
     install()
+    register_layout()
 
 
 def cpu_platform() -> str | None:

@@ -15,13 +15,11 @@ from vllm.logger import init_logger
 
 from vllm_griffin.compat import install_worker_patches
 from vllm_griffin.model.checkpoint import DraftCheckpoint
+from vllm_griffin.model.config import PAPER_TREE, max_tree_nodes
 
 logger = init_logger(__name__)
 
 METHOD = "griffin"
-
-# The tree of the paper (App. C.2): 60 rows with the root, six levels, ten branches.
-PAPER_TREE = {"num_speculative_tokens": 59, "tree_depth": 6, "tree_top_k": 10}
 
 # Fields of vLLM's SpeculativeConfig that griffin does not honour: what to do instead.
 REFUSED_FIELDS: dict[str, str] = {
@@ -53,11 +51,6 @@ REFUSED_FIELDS: dict[str, str] = {
     "draft_sample_method": "leave it at 'greedy'; the tree holds the draft's best nodes",
     "dspark_draft_topk": "use tree_top_k; it belongs to method 'dspark'",
 }
-
-
-def max_tree_nodes(depth: int, top_k: int) -> int:
-    """Nodes that ``depth`` levels with a frontier of ``top_k`` can make, the root not counted."""
-    return top_k + (depth - 1) * top_k * top_k
 
 
 @config

@@ -21,6 +21,7 @@ from vllm_griffin.model.config import (
 )
 from vllm_griffin.model.files import TensorInfo, read_tensors, scan_tensors
 from vllm_griffin.model.layout import DraftLayout, Shape, expected_shapes
+from vllm_griffin.model.speculators import HUB_ID, flatten
 
 __all__ = [
     "CheckpointError",
@@ -36,7 +37,6 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 # Old Hugging Face checkpoints carry this buffer; it follows from the config.
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 MAX_PROBLEMS = 5
 
 
@@ -46,7 +46,7 @@ class DraftCheckpoint:
 
     Attributes:
         folder: Where the files are.
-        raw_config: `config.json` as it is.
+        raw_config: `config.json` as it is; one in the speculators layout in the plain form.
         config: What the network needs of it.
     """
 
@@ -68,15 +68,15 @@ class DraftCheckpoint:
         Raises:
             CheckpointError: Not found, or `config.json` is missing, malformed or not supported.
         """
-        folder = _find_folder(path, revision, cache_dir)
+        folder = find_folder(path, revision, cache_dir)
         file = folder / "config.json"
-        raw = read_json(file)
+        raw = flatten(read_json(file), str(file))
         return cls(folder, raw, DraftConfig.from_dict(raw, str(file)))
 
     @property
     def has_weights(self) -> bool:
         """Whether there is a weight file; `load_format="dummy"` needs none."""
-        return _find_weights(self.folder) is not None
+        return find_weights(self.folder) is not None
 
     @cached_property
     def source(self) -> Path:
@@ -85,7 +85,7 @@ class DraftCheckpoint:
         Raises:
             CheckpointError: There is none.
         """
-        found = _find_weights(self.folder)
+        found = find_weights(self.folder)
         if found is None:
             names = ", ".join(WEIGHT_FILES)
             raise CheckpointError(
@@ -100,7 +100,7 @@ class DraftCheckpoint:
         Raises:
             CheckpointError: A weight file or index is missing, damaged or malformed.
         """
-        listed = _list_tensors(self.source)
+        listed = list_tensors(self.source)
         return {key: info for key, info in listed.items() if not IGNORED.fullmatch(key)}
 
     @cached_property
@@ -166,12 +166,15 @@ class DraftCheckpoint:
             yield from read_tensors(file, keys)
 
 
-def _find_folder(path: str | Path, revision: str | None, cache_dir: str | None) -> Path:
+def find_folder(
+    path: str | Path, revision: str | None = None, cache_dir: str | None = None
+) -> Path:
+    """A local folder as it is, or a repository of the hub, downloaded; see `DraftCheckpoint.open`."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{path}: a draft is a folder (or a hub id), this is a file")
+        raise CheckpointError(f"{path}: a model is a folder (or a hub id), this is a file")
     if isinstance(path, Path) or not HUB_ID.fullmatch(path):
         raise CheckpointError(f"{path}: no such folder")
     return _download(path, revision, cache_dir)
@@ -201,7 +204,8 @@ def _download(repo: str, revision: str | None, cache_dir: str | None) -> Path:
     return Path(folder)
 
 
-def _find_weights(folder: Path) -> Path | None:
+def find_weights(folder: Path) -> Path | None:
+    """The weight file of a model's folder, or the index of its shards; None if it has neither."""
     for name in WEIGHT_FILES:
         for file in (folder / name, folder / f"{name}.index.json"):
             if file.is_file():
@@ -209,7 +213,12 @@ def _find_weights(folder: Path) -> Path | None:
     return None
 
 
-def _list_tensors(source: Path) -> dict[str, TensorInfo]:
+def list_tensors(source: Path) -> dict[str, TensorInfo]:
+    """key -> shape, dtype and file of all that a weight file, or an index with its shards, holds.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or malformed.
+    """
     if source.suffix != ".json":
         return scan_tensors(source)
     weight_map = _read_index(source)

@@ -19,6 +19,8 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 TREE_FIELDS = ("num_speculative_tokens", "tree_depth", "tree_top_k")
+# The tree of the paper (App. C.2): 60 rows with the root, six levels, ten branches.
+PAPER_TREE = {"num_speculative_tokens": 59, "tree_depth": 6, "tree_top_k": 10}
 
 
 class CheckpointError(ValueError):
@@ -49,7 +51,7 @@ class DraftConfig:
         Raises:
             CheckpointError: A field is missing, is wrong, or asks for what is not supported.
         """
-        field = _Fields(raw, source)
+        field = Fields(raw, source)
         heads = field.positive("num_attention_heads")
         kv_heads = field.positive("num_key_value_heads", heads)
         hidden = field.positive("hidden_size")
@@ -128,11 +130,16 @@ def tree_defaults(config: Mapping[str, Any], source: str = "config.json") -> dic
         if name not in TREE_FIELDS:
             known = ", ".join(TREE_FIELDS)
             raise CheckpointError(f"{source}: `tree.{name}` is not known (known: {known})")
-    return {name: _Fields(tree, source, "tree.").positive(name) for name in tree}
+    return {name: Fields(tree, source, "tree.").positive(name) for name in tree}
+
+
+def max_tree_nodes(depth: int, top_k: int) -> int:
+    """Nodes that ``depth`` levels with a frontier of ``top_k`` can make, the root not counted."""
+    return top_k + (depth - 1) * top_k * top_k
 
 
 @dataclass(frozen=True)
-class _Fields:
+class Fields:
     """Typed access to one mapping; every complaint names the file and the field."""
 
     raw: Mapping[str, Any]
@@ -161,7 +168,7 @@ class _Fields:
         return float(value)
 
 
-def _rope_parameters(raw: Mapping[str, Any], field: _Fields) -> dict[str, Any]:
+def _rope_parameters(raw: Mapping[str, Any], field: Fields) -> dict[str, Any]:
     """The dict for `get_rope`: `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
     name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     given = raw.get(name) or {}

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from vllm_griffin.model.checkpoint import DraftCheckpoint
 from vllm_griffin.train.network import Draft, DraftConfig, Fusion
 
 TREE = {"num_speculative_tokens": 59, "tree_depth": 6, "tree_top_k": 10}  # the paper's tree
@@ -153,30 +154,34 @@ def save_draft(
 
 
 def load_draft(folder: str | Path, embeddings: Tensor | None = None) -> Draft:
-    """Load a draft folder (safetensors or `pytorch_model.bin`) as float32.
+    """Load a draft of any layout that the engine reads, as float32.
 
     Args:
-        folder: `config.json` beside `model.safetensors` or `pytorch_model.bin`.
+        folder: The draft's folder, or its name on the hub.
         embeddings: [V, h] the target's, for a checkpoint that leaves `embed_tokens` out.
 
     Raises:
-        KeyError: A missing or unexpected key, by name.
+        CheckpointError: No draft there, or a key that is missing, unexpected or of the wrong shape.
+        KeyError: No embedding, or a part that the training network does not have, by name.
+        ValueError: Its rotary embedding is scaled, which the training network does not do.
     """
-    folder = Path(folder)
-    weights = folder / "model.safetensors"
-    if weights.exists():
-        state = load_file(weights)
-    else:
-        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    raw = json.loads((folder / "config.json").read_text())
-    down = state["layers.0.mlp.down_proj.weight"]
-    config = DraftConfig.from_dict(
-        raw, fusion="fc.fc.weight" in state, two_heads=down.shape[0] == 2 * raw["hidden_size"]
+    checkpoint = DraftCheckpoint.open(folder)
+    layout = checkpoint.validate()
+    rope = checkpoint.config.rope_parameters.get("rope_type", "default")
+    if rope != "default":
+        raise ValueError(f"{folder}: drafts with rope_type {rope!r} cannot be trained or replayed")
+    draft = Draft(
+        DraftConfig.from_dict(
+            checkpoint.raw_config,
+            fusion=layout.fusion,
+            two_heads=layout.two_heads,
+            qkv_bias=layout.qkv_bias,
+        )
     )
-    draft = Draft(config)
+    state = dict(checkpoint.weights())
     if embeddings is not None:
         state.setdefault("embed_tokens.weight", embeddings)
-    wrong = set(draft.state_dict()) ^ set(state)
+    wrong = draft.state_dict().keys() ^ state.keys()
     if wrong:
         raise KeyError(f"{folder}: missing or unexpected keys: {', '.join(sorted(wrong))}")
     draft.load_state_dict({k: v.float() for k, v in state.items()})

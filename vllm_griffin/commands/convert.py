@@ -1,0 +1,90 @@
+"""``vllm-griffin convert``: drafts from one layout on disk to another."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vllm_griffin.commands.options import config_option
+
+if TYPE_CHECKING:
+    from vllm_griffin.convert import Form
+
+
+def _tree(
+    _context: click.Context, _parameter: click.Parameter, text: str | None
+) -> dict[str, int] | None:
+    """`59,6,10` as the three fields of a draft's tree."""
+    if text is None:
+        return None
+    from vllm_griffin.model.config import TREE_FIELDS
+
+    try:
+        nodes, depth, top_k = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not like 59,6,10 (nodes,depth,top_k)") from error
+    if min(nodes, depth, top_k) < 1:
+        raise click.BadParameter(f"{text!r}: nodes, depth and top_k are at least 1")
+    return dict(zip(TREE_FIELDS, (nodes, depth, top_k), strict=True))
+
+
+@click.command()
+@config_option
+@click.argument("source")
+@click.option("--target", required=True, help="The model it drafts for: folder or hub name.")
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="A new or empty folder."
+)
+@click.option(
+    "--to",
+    type=click.Choice(["griffin", "published", "speculators"]),
+    default="griffin",
+    show_default=True,
+    help="The layout to write.",
+)
+@click.option(
+    "--tree",
+    callback=_tree,
+    help="nodes,depth,top_k that the draft is served with by default.  "
+    "[default: the source's, else 59,6,10]",
+)
+@click.option(
+    "--verifier",
+    help="With --to speculators: the target's name there, if not --target's.",
+)
+@click.option("--revision", help="Branch, tag or commit of a SOURCE on the hub.")
+def command(
+    source: str,
+    target: str,
+    output: Path,
+    to: "Form",
+    tree: dict[str, int] | None,
+    verifier: str | None,
+    revision: str | None,
+) -> None:
+    """Convert the draft SOURCE (a folder or hub name) to another layout, weights bit for bit.
+
+    \b
+    griffin       this project's: safetensors, no copy of the target's embedding, tree defaults
+    published     what the published GRIFFIN and EAGLE code loads
+    speculators   names the target, so that `vllm serve DRAFT` serves both without a flag
+
+    Reads all three, EAGLE drafts included. Runs no code of a checkpoint.
+    """
+    from vllm_griffin.convert import convert
+    from vllm_griffin.model.checkpoint import CheckpointError
+
+    if to == "published" and tree:
+        raise click.UsageError("--tree has no place in the published layout")
+    if to != "speculators" and verifier:
+        raise click.UsageError("--verifier is for --to speculators")
+    try:
+        made = convert(source, target, output, to, tree=tree, verifier=verifier, revision=revision)
+    except CheckpointError as error:
+        raise click.ClickException(str(error)) from error
+    shape = (
+        ",".join(str(n) for n in made.tree.values()) if made.tree else "not stored in this layout"
+    )
+    click.echo(
+        f"{made.folder}: {made.network} in the {to} layout; embedding {made.embedding}; tree {shape}"
+    )
