@@ -2,10 +2,14 @@
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 
 from vllm_griffin.cli import main
@@ -258,3 +262,49 @@ def test_tensorboard(small_target: Path, small_data: Path, tmp_path: Path) -> No
                         "tensorboard")  # fmt: skip
     assert "is ready" in shown, shown
     assert list((tmp_path / "d").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.timeout(300)
+def test_processes_share_a_run(small_target: Path, small_data: Path, tmp_path: Path) -> None:
+    """Two processes see different documents and end with the same weights."""
+    root = Path(__file__).parents[2]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+    ]
+    script = ["-m", "tests.training.two_processes", small_target, small_data, tmp_path]
+    result = subprocess.run(
+        [*launch, *map(str, script)],
+        cwd=root,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, other = (torch.load(tmp_path / f"rank-{i}.pt", weights_only=True) for i in (0, 1))
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    here, there = (json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1))
+    assert len(here) == 4 and all(a != b for a, b in zip(here, there, strict=True))
+    alone = trainer(small_target, small_data, tmp_path / "alone", stages=[(1, 2), (2, 2)],
+                    batch_tokens=50)  # fmt: skip
+    alone.run(torch.float32)
+    down = "layers.0.mlp.down_proj.parametrizations.weight.original"
+    assert not torch.allclose(one[down], alone.draft.state_dict()[down])
+
+
+def test_bf16(small_target: Path, small_data: Path, tmp_path: Path) -> None:
+    """Close to float32, and not the same."""
+    finished = []
+    for bf16 in (False, True):
+        AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process
+        run = trainer(small_target, small_data, tmp_path / str(bf16), stages=[(2, 2)], bf16=bf16)
+        run.run(torch.float32)
+        finished.append(run.validate()["val_token0"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert finished[0] != finished[1]
+    assert finished[0] == pytest.approx(finished[1], rel=0.02)

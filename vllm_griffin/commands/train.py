@@ -119,7 +119,7 @@ def command(
 
     \b
     vllm-griffin train --target T --data DATA --output DRAFT
-    accelerate launch -m vllm_griffin.cli train ...      (several GPUs)
+    accelerate launch -m vllm_griffin.cli train ...      (several processes, a GPU each)
     """
     import torch
 
@@ -162,6 +162,8 @@ def command(
         trainer.run(getattr(torch, dtype))
     except (TrainingError, ValueError, KeyError, OSError, ImportError) as error:
         raise click.ClickException(str(error.args[0] if error.args else error)) from error
+    if not trainer.accelerator.is_main_process:
+        return
     write_card(output)
     click.echo(
         f"{output} is ready: vllm-griffin eval --target {target} --draft {output} --prompts P"

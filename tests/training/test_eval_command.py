@@ -1,0 +1,137 @@
+"""``vllm-griffin eval`` as a user calls it."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from tests.engine.harness import GOLDEN, MODELS
+from vllm_griffin.cli import main
+from vllm_griffin.evaluate import engine
+from vllm_griffin.evaluate.outputs import read_outputs
+from vllm_griffin.trace import TraceRecord
+
+TARGET, DRAFT, EAGLE = (str(MODELS / name) for name in ("target", "griffin", "eagle"))
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    rows = [
+        {"question_id": 5 + i, "turns": [text]}
+        for i, text in enumerate(
+            ["def read(path):\n", "import os\n\nfor name in", "class Tree:\n    def "]
+        )
+    ]
+    path = tmp_path / "code.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, ["eval", *map(str, arguments)], catch_exceptions=False)
+
+
+def usual(prompts, *more):
+    return invoke(
+        "--target", TARGET, "--draft", DRAFT, "--prompts", prompts, "--max-tokens", 20, *more
+    )  # fmt: skip
+
+
+def test_replay_makes_outputs_once_and_compares_drafts(tmp_path, prompts):
+    outputs, folder = tmp_path / "stored.jsonl", tmp_path / "result"
+    arguments = [prompts, "--draft", EAGLE, "--tree", "20,4,5", "--replay", outputs]
+    result = usual(*arguments, "--limit", 1)
+    assert result.exit_code == 0, result.output
+    assert len(read_outputs(outputs)) == 2
+    result = usual(*arguments, "--output", folder)
+    assert result.exit_code == 0, result.output
+    stored = read_outputs(outputs)
+    assert sorted(o.key for o in stored) == [("code", i, t) for i in (5, 6, 7) for t in (0.0, 1.0)]
+    assert all(o.seed == o.id and o.max_tokens == 20 and o.tail_token_ids for o in stored)
+    record = json.loads((folder / "evaluation.json").read_text())
+    assert (record["mode"], record["head"], record["dtype"]) == ("replay", "full", "float32")
+    assert record["provenance"]["versions"]["torch"]
+    rows = record["rows"]
+    assert [(r["temperature"], r["draft"]) for r in rows] == [
+        (t, d) for t in (0.0, 1.0) for d in (DRAFT, EAGLE)
+    ]
+    for row in rows:
+        accepted, steps = map(sum, zip(*row["per_prompt"], strict=True))
+        assert (accepted, steps) == (row["accepted"], row["steps"])
+        assert row["acceptance_length"] == round(1 + accepted / steps, 4)
+        assert ("against_first" in row) == (row["draft"] == EAGLE)
+    assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    before = outputs.read_bytes()
+    # All is stored: nothing is made again, so no engine is needed.
+    assert usual(*arguments).exit_code == 0
+    assert outputs.read_bytes() == before
+    result = usual(*arguments, "--max-tokens", 30)
+    assert result.exit_code == 1
+    assert "was made with --max-tokens 20" in result.output
+    prompts.write_text(prompts.read_text().replace("import os", "import sys"))
+    result = usual(*arguments)
+    assert result.exit_code == 1
+    assert "the output of prompt 6 of code at T=0 belongs to another prompt" in result.output
+
+
+def test_engine_and_replay_agree(tmp_path, prompts):
+    lengths = []
+    for more in ([], ["--replay", tmp_path / "o.jsonl", "--check-engine", 1]):
+        result = usual(prompts, "--tree", "chain:3", *more, "--output", tmp_path)
+        assert result.exit_code == 0, result.output
+        record = json.loads((tmp_path / "evaluation.json").read_text())
+        lengths.append([(r["accepted"], r["steps"], r["misaligned"]) for r in record["rows"]])
+    assert lengths[0] == lengths[1]
+    (check,) = record["engine_check"]
+    assert check["prompts"] == 2
+    assert check["steps"] > 10
+    assert check["differing_steps"] == check["differing_trees"] == check["differing_answers"] == 0
+    assert "0 steps, 0 trees and 0 answers differ" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tree", "59,6"], "neither nodes,depth,top_k"),
+        (["--tree", "chain:20", "--replay", "x.jsonl"], "a replay knows 16 levels"),
+        (["--draft", "nowhere/at/all"], "nowhere/at/all"),
+        (["--draft", str(GOLDEN / "a" / "draft")], "hidden_size"),
+        (["--check-engine", "2"], "give --replay"),
+        (["--replay", "x.jsonl", "--dtype", "bfloat16"], "leave --dtype out"),
+        (["--write-card"], "needs a result of the engine and --output"),
+        (["--target", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_what_a_user_gets_wrong(prompts, arguments, message):
+    result = usual(prompts, *arguments)
+    assert result.exit_code in (1, 2)
+    assert message in " ".join(result.output.split())
+
+
+def test_malformed_prompts(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"turns": ["a"]}\n{"turns": 3}\n')
+    result = usual(path)
+    assert result.exit_code == 1
+    assert "line 2" in result.output
+    path.write_text(json.dumps({"turns": ["x = 1\n" * 2000]}) + "\n")
+    result = usual(path)
+    assert result.exit_code == 1
+    assert "prompt 0 of bad has" in result.output
+
+
+def test_counters_must_be_the_traces():
+    record = TraceRecord("0", 0, 4, [1, 2, 3], [-1, 0, 1], [0, 1, 2], [0.0, -1.0, -2.0], [0, 1], 9)
+    right = {"steps": 2, "drafted": 4, "accepted": 2, "per_depth": [2, 0], "preemptions": 0}
+    engine.check_counters(right, [record, record])
+    for change in ({"steps": 3}, {"drafted": 5}, {"accepted": 1}, {"per_depth": [1, 1]}):
+        with pytest.raises(engine.EngineError, match="differ from the trace"):
+            engine.check_counters(right | change, [record, record])
+    with pytest.raises(engine.EngineError, match="preempted"):
+        engine.check_counters(right | {"preemptions": 1}, [record, record])
+
+
+def test_help_needs_neither_torch_nor_vllm():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert "Acceptance length is 1 + accepted / verify steps" in result.output

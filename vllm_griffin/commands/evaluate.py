@@ -1,0 +1,192 @@
+"""``vllm-griffin eval``: acceptance of drafts, in this plugin's vLLM engine or by replay."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vllm_griffin.commands.options import config_option
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command("eval")
+@config_option
+@click.option("--target", required=True, help="Target model: folder or hub name.")
+@click.option(
+    "--draft", "drafts", multiple=True, required=True, help="Draft: folder or hub name; repeatable."
+)
+@click.option(
+    "--prompts",
+    multiple=True,
+    required=True,
+    type=FILE,
+    help='JSONL with "turns" or "prompt"; the first turn is asked. Repeatable: each file is a set.',
+)
+@click.option(
+    "--temperature",
+    "temperatures",
+    multiple=True,
+    type=click.FloatRange(0),
+    default=(0.0, 1.0),
+    show_default=True,
+    help="Repeatable. Sampling is seeded by the question's number.",
+)
+@click.option(
+    "--tree",
+    "trees",
+    multiple=True,
+    default=("59,6,10", "chain:6"),
+    show_default=True,
+    help="nodes,depth,top_k or chain:length; repeatable.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Only the first prompts of each set.")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option(
+    "--replay",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Replay the target's outputs stored in this JSONL file; what is missing is made first.",
+)
+@click.option(
+    "--check-engine",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="With --replay: run so many prompts of each set in the engine too, and compare.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for evaluation.json and evaluation.png.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+    default="float32",
+    show_default=True,
+    help="Of the engine.",
+)
+@click.option(
+    "--batch", type=click.IntRange(1), default=8, show_default=True, help="Requests at a time."
+)
+@click.option("--write-card", is_flag=True, help="Put the result into the drafts' model cards.")
+def command(
+    target: str,
+    drafts: tuple[str, ...],
+    prompts: tuple[Path, ...],
+    temperatures: tuple[float, ...],
+    trees: tuple[str, ...],
+    limit: int | None,
+    max_tokens: int,
+    replay: Path | None,
+    check_engine: int,
+    output: Path | None,
+    dtype: str,
+    batch: int,
+    write_card: bool,
+) -> None:
+    """Measure drafts: acceptance length, acceptance per depth, misaligned tokens.
+
+    \b
+    vllm-griffin eval --target T --draft D --prompts P.jsonl --output DIR
+    vllm-griffin eval ... --draft D2 --replay outputs.jsonl    (compare drafts without an engine)
+
+    Acceptance length is 1 + accepted / verify steps, pooled over a prompt set; intervals are a bootstrap
+    over its prompts.
+    """
+    _check_options(drafts, replay, check_engine, output, dtype, write_card)
+    from vllm_griffin.evaluate.engine import EngineError, prepare_process
+    from vllm_griffin.evaluate.shape import TreeShape
+
+    prepare_process()
+    try:
+        from vllm_griffin.evaluate.run import Evaluation, Request
+
+        request = Request(
+            target=target,
+            drafts=tuple(dict.fromkeys(drafts)),
+            prompts=prompts,
+            temperatures=tuple(dict.fromkeys(temperatures)),
+            trees=tuple(dict.fromkeys(TreeShape.parse(tree) for tree in trees)),
+            limit=limit,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            batch=batch,
+        )
+        evaluation = Evaluation(request)
+        rows, checks = (
+            evaluation.by_replay(replay, check_engine) if replay else (evaluation.in_engine(), [])
+        )
+    except (ValueError, OSError, KeyError, EngineError) as error:
+        raise click.ClickException(str(error.args[0] if error.args else error)) from error
+    _show(rows, checks)
+    if output is not None:
+        file = _write(evaluation, replay, rows, checks, output)
+        if write_card:
+            from vllm_griffin.card import write_card as write
+
+            for draft in request.drafts:
+                write(Path(draft), file)
+
+
+def _check_options(
+    drafts: tuple[str, ...],
+    replay: Path | None,
+    check_engine: int,
+    output: Path | None,
+    dtype: str,
+    write_card: bool,
+) -> None:
+    if check_engine and replay is None:
+        raise click.UsageError("--check-engine compares a replay with the engine: give --replay")
+    if replay is not None and dtype != "float32":
+        raise click.UsageError("a replay computes in float32: leave --dtype out")
+    if write_card and (replay is not None or output is None):
+        raise click.UsageError("--write-card needs a result of the engine and --output")
+    if write_card and not all(Path(draft).is_dir() for draft in drafts):
+        raise click.UsageError("--write-card needs drafts in local folders")
+
+
+def _show(rows: list[dict[str, Any]], checks: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    from vllm_griffin.evaluate.report import print_checks, print_table
+
+    # Redirected output has no width of its own.
+    console = Console() if Console().is_terminal else Console(width=160)
+    print_table(rows, console)
+    print_checks(checks, console)
+
+
+def _write(
+    evaluation: Any,
+    replay: Path | None,
+    rows: list[dict[str, Any]],
+    checks: list[dict[str, Any]],
+    output: Path,
+) -> Path:
+    """Write JSON and picture; returns the JSON file."""
+    from vllm_griffin import provenance
+    from vllm_griffin.evaluate import metrics, plot
+
+    request = evaluation.request
+    record = {
+        "provenance": provenance.describe(metrics.SEED),
+        "mode": "replay" if replay else "engine",
+        "head": "full",
+        "target": request.target,
+        "drafts": list(request.drafts),
+        "prompts": [str(path) for path in request.prompts],
+        "outputs": str(replay) if replay else None,
+        "limit": request.limit,
+        "max_tokens": request.max_tokens,
+        "dtype": request.dtype,
+        "batch": request.batch,
+        "rows": rows,
+        "engine_check": checks,
+    }
+    file = output / "evaluation.json"
+    provenance.write(file, record)
+    plot.draw(rows, output / "evaluation.png")
+    click.echo(f"{file} and {output / 'evaluation.png'} are written")
+    return file

@@ -1,0 +1,78 @@
+"""The target's hidden states at stored outputs, kept on disk beside them: one file per output.
+
+A file is named after the target and the output's tokens: a changed target or answer never meets an old one.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vllm_griffin.evaluate.outputs import Output
+
+SAMPLE = 1 << 20  # bytes of a weight file's beginning and end that name it
+
+
+def fingerprint(target: Path) -> str:
+    """A digest of a model folder: its config, and sizes, beginnings and ends of its weight files."""
+    digest = hashlib.sha256((target / "config.json").read_bytes())
+    for file in sorted(target.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as weights:
+            digest.update(weights.read(SAMPLE))
+            weights.seek(max(0, size - SAMPLE))
+            digest.update(weights.read(SAMPLE))
+    return digest.hexdigest()
+
+
+class OutputStates:
+    """Outputs, and the target's hidden states after its final norm at their tokens."""
+
+    def __init__(self, outputs: Sequence[Output], folder: Path, target: Path) -> None:
+        """Look for states in `folder`, where `fill` puts them; nothing is read yet."""
+        self.outputs = list(outputs)
+        self.folder = folder
+        self.target = target
+        self._name = fingerprint(target)
+
+    def features(self, number: int) -> Tensor:
+        """Hidden states [tokens - 1, h], float32: all but the last token's, which no draft sees."""
+        return load_file(self._file(self.outputs[number]))["hidden"].float()
+
+    def missing(self) -> list[int]:
+        """Numbers of the outputs without stored states."""
+        return [i for i, output in enumerate(self.outputs) if not self._file(output).exists()]
+
+    @torch.inference_mode()
+    def fill(self, done: Callable[[], None] = lambda: None) -> None:
+        """Run the target (Hugging Face, float32) once over each output without states.
+
+        `done` is called after each. What was stored stays if the run is cut off.
+        """
+        wanted = self.missing()
+        if not wanted:
+            return
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32).eval()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model.to(device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number in wanted:
+            output = self.outputs[number]
+            tokens = torch.tensor([output.text[:-1]], device=device)
+            hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+            file = self._file(output)
+            scratch = file.with_suffix(".partial")
+            save_file({"hidden": hidden.cpu().contiguous()}, scratch)
+            scratch.replace(file)
+            done()
+
+    def _file(self, output: Output) -> Path:
+        name = hashlib.sha256(f"{self._name} {output.text}".encode()).hexdigest()[:24]
+        return self.folder / f"{name}.safetensors"
