@@ -28,7 +28,7 @@ def engine_config(target: Path, draft: Path, **changes):
     return EngineArgs(**(arguments | changes)).create_engine_config()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def process_group(tmp_path_factory):
     """Tensor parallelism of one rank, as vLLM's layers want it."""
     from vllm.config import set_current_vllm_config
@@ -44,6 +44,9 @@ def process_group(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # vLLM's loader calls it, and its CPU worker replaces it in the same way.
         patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+        # What an engine that ran in this process has left.
+        destroy_model_parallel()
+        destroy_distributed_environment()
         with set_current_vllm_config(engine_config(case / "target", case / "draft")):
             init_distributed_environment(1, 0, rendezvous, 0, "gloo")
             initialize_model_parallel(1, 1)
@@ -52,7 +55,7 @@ def process_group(tmp_path_factory):
         destroy_distributed_environment()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def targets(process_group):
     """case -> the golden case's target in vLLM."""
     from vllm.config import set_current_vllm_config

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
+from torch import distributed
 
 from vllm_griffin.cli import main
 from vllm_griffin.data.documents import read_documents
@@ -295,6 +296,22 @@ def test_processes_share_a_run(small_target: Path, small_data: Path, tmp_path: P
     alone.run(torch.float32)
     down = "layers.0.mlp.down_proj.parametrizations.weight.original"
     assert not torch.allclose(one[down], alone.draft.state_dict()[down])
+
+
+def test_leaves_another_owners_process_group(
+    small_target: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """Such as that of a vLLM engine in this process."""
+    made = not distributed.is_initialized()
+    if made:
+        distributed.init_process_group(
+            "gloo", f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+        )
+    group = distributed.group.WORLD
+    trainer(small_target, small_data, tmp_path / "run", stages=[(1, 1)]).run(torch.float32)
+    assert distributed.is_initialized() and distributed.group.WORLD is group
+    if made:
+        distributed.destroy_process_group()
 
 
 def test_bf16(small_target: Path, small_data: Path, tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ class Trainer:
         """
         self.settings, self.folder, self.target = settings, Path(folder), target
         self.states = states
+        # A group that was here before, such as that of a vLLM engine in this process, is not ours to end.
+        self._own_group = not torch.distributed.is_initialized()
         self.accelerator = Accelerator(
             mixed_precision="bf16" if settings.bf16 else "no",
             log_with=report_to,
@@ -194,7 +196,11 @@ class Trainer:
             if self.step % s.save_every == 0 or last:
                 self.save()
         bar.close()
-        self.accelerator.end_training()
+        if self._own_group:
+            self.accelerator.end_training()
+        else:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def _row(self, passes: int) -> dict[str, float]:
         return {"step": self.step, "passes": passes, "seconds": self.seconds}
