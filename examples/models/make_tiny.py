@@ -166,10 +166,11 @@ def texts(folder: Path, files: int, prompts: int, output: Path) -> None:
     chosen = training[:: max(1, len(training) // files)][:files]
     rows = [{"id": i, "text": read(path)} for i, path in enumerate(chosen)]
     write_lines(output / "text.jsonl", rows)
-    names = (HERE / "heldout.txt").read_text().split()
     root = Path(sysconfig.get_path("stdlib"))
+    # Distributions ship some of the library, such as tkinter, in packages of their own.
+    held_out = [p for n in (HERE / "heldout.txt").read_text().split() if (p := root / n).is_file()]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    pieces = [p for n in names for p in windows(tokenizer, read(root / n), 64) if len(p) == 64]
+    pieces = [p for f in held_out for p in windows(tokenizer, read(f), 64) if len(p) == 64]
     pieces = pieces[:: max(1, len(pieces) // prompts)][:prompts]
     starts = [tokenizer.decode(piece, skip_special_tokens=True) for piece in pieces]
     write_lines(

@@ -125,8 +125,11 @@ def command(
         if write_card:
             from vllm_griffin.card import write_card as write
 
-            for draft in request.drafts:
-                write(Path(draft), file)
+            try:
+                for draft in request.drafts:
+                    write(Path(draft), file)
+            except (ValueError, OSError) as error:
+                raise click.ClickException(f"the result is kept, the card is not: {error}") from error
 
 
 def _check_options(
