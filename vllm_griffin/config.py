@@ -67,6 +67,9 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
     """Levels of drafted tokens (D). Default: the draft's config, else 6."""
     tree_top_k: int | None = Field(default=None, gt=0)
     """Frontier width and children per node (K); 1 is a chain. Default: the draft's config, else 10."""
+    draft_vocab_size: int | None = Field(default=None, gt=0)
+    """Draft from so many tokens only, the most frequent of the draft's training data, as its
+    ``vocabulary.json`` ranks them. Default: the draft's config, else the whole vocabulary."""
 
     def __post_init__(self) -> None:
         """Resolves the tree and the draft's model config, or refuses by name."""
@@ -84,11 +87,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
             # A damaged checkpoint ends the start here, not in a worker. Without weights only
             # load_format='dummy' can go on, which the worker checks.
             checkpoint.validate()
-        if self.tree_top_k is not None and self.tree_top_k > target.get_vocab_size():
-            raise ValueError(
-                f"tree_top_k={self.tree_top_k} is above the vocabulary of "
-                f"{target.get_vocab_size()} tokens"
-            )
+        self._resolve_vocabulary(checkpoint)
         self.method = "eagle"
         install_worker_patches()
         self.draft_tensor_parallel_size = self._same_tensor_parallel_size()
@@ -128,6 +127,16 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
                 f"num_speculative_tokens={self.num_speculative_tokens} is above the {most} nodes "
                 f"that tree_depth={self.tree_depth} and tree_top_k={self.tree_top_k} can make "
                 f"(K + (D - 1) * K * K)"
+            )
+
+    def _resolve_vocabulary(self, checkpoint: DraftCheckpoint) -> None:
+        vocabulary = checkpoint.vocabulary(self.draft_vocab_size)
+        whole = self.target_model_config.get_vocab_size()
+        self.draft_vocab_size = whole if vocabulary is None else len(vocabulary)
+        if self.tree_top_k is not None and self.tree_top_k > self.draft_vocab_size:
+            raise ValueError(
+                f"tree_top_k={self.tree_top_k} is above the vocabulary of "
+                f"{self.draft_vocab_size} tokens"
             )
 
     def _same_tensor_parallel_size(self) -> int:

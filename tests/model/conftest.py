@@ -12,11 +12,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
-def engine_config(target: Path, draft: Path, **changes):
-    """The config of an engine that speculates with a draft (vLLM's own `eagle` method)."""
+def engine_config(target: Path, draft: Path, tree: dict | None = None, **changes):
+    """The config of an engine that speculates with a draft: griffin with a tree, else vLLM's own `eagle`."""
     from vllm.engine.arg_utils import EngineArgs
 
     speculative = {"method": "eagle", "model": str(draft), "num_speculative_tokens": 3}
+    if tree is not None:
+        speculative |= {"method": "griffin"} | tree
     arguments = {
         "model": str(target),
         "dtype": "float32",

@@ -1,5 +1,9 @@
 """Replay against the engine, against whole trees, and against the published code's trees."""
 
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +88,37 @@ def test_replay_is_the_engines_trace(
         "no last step ran past its answer's end"
     )
     assert any(step.drafted < shape.nodes for step in steps), "no tree was trimmed"
+
+
+def test_replay_is_the_engines_trace_with_a_reduced_vocabulary(
+    wanted: list, settings: engine.EngineSettings, states: OutputStates, parts, tmp_path: Path
+) -> None:
+    """And the outputs stay those of the target's whole vocabulary."""
+    folder = Path(shutil.copytree(DRAFT, tmp_path / "draft"))
+    answers = Counter(t for o in states.outputs for t in o.response_token_ids)
+    ranking = [token for token, _ in answers.most_common()]
+    (folder / "vocabulary.json").write_text(json.dumps(ranking))
+    shape, size = TreeShape(20, 4, 5), len(ranking) // 2
+    fewer = replace(settings, draft_vocab_size=size)
+    run = engine.evaluate_in_engine(fewer, str(folder), shape, wanted)
+    assert [o.text for o in run.outputs] == [o.text for o in states.outputs]
+    kept = set(ranking[:size])
+    assert not kept.issuperset(answers)
+    drafted = {t for prompt in run.prompts for tokens, _ in prompt.trees for t in tokens[1:]}
+    assert drafted <= kept and len(drafted) > 20
+    result = compare(
+        run.prompts,
+        replay_outputs(
+            load_draft(folder, parts.embeddings),
+            parts,
+            states,
+            shape,
+            vocabulary=sorted(kept),
+            whole=True,
+        ),
+    )
+    assert result.steps > 100
+    assert result.differing_steps == result.differing_trees == 0
 
 
 @pytest.mark.parametrize("tree", ["59,6,10", "9,5,10", "12,4,3", "1,1,1", "2,2,1", "52,4,4"])

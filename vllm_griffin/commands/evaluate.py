@@ -69,6 +69,11 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--batch", type=click.IntRange(1), default=8, show_default=True, help="Requests at a time."
 )
+@click.option(
+    "--draft-vocab-size",
+    type=click.IntRange(1),
+    help="Draft from the most frequent tokens only; default: what each draft's config says.",
+)
 @click.option("--write-card", is_flag=True, help="Put the result into the drafts' model cards.")
 def command(
     target: str,
@@ -83,6 +88,7 @@ def command(
     output: Path | None,
     dtype: str,
     batch: int,
+    draft_vocab_size: int | None,
     write_card: bool,
 ) -> None:
     """Measure drafts: acceptance length, acceptance per depth, misaligned tokens.
@@ -112,6 +118,7 @@ def command(
             max_tokens=max_tokens,
             dtype=dtype,
             batch=batch,
+            draft_vocab_size=draft_vocab_size,
         )
         evaluation = Evaluation(request)
         rows, checks = (
@@ -129,7 +136,9 @@ def command(
                 for draft in request.drafts:
                     write(Path(draft), file)
             except (ValueError, OSError) as error:
-                raise click.ClickException(f"the result is kept, the card is not: {error}") from error
+                raise click.ClickException(
+                    f"the result is kept, the card is not: {error}"
+                ) from error
 
 
 def _check_options(
@@ -176,7 +185,9 @@ def _write(
     record = {
         "provenance": provenance.describe(metrics.SEED),
         "mode": "replay" if replay else "engine",
-        "head": "full",
+        "draft_vocab_sizes": [
+            None if tokens is None else len(tokens) for tokens in evaluation.vocabularies.values()
+        ],
         "target": request.target,
         "drafts": list(request.drafts),
         "prompts": [str(path) for path in request.prompts],

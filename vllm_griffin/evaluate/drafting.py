@@ -4,6 +4,7 @@ Legend of shapes: K top_k, h hidden size, nh heads, d head size, V vocabulary.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -85,10 +86,29 @@ class Nodes:
         return weights[..., :split] @ self._before_v + weights[..., split:] @ self._v[:, :nodes]
 
 
-def best_children(predict: Tensor, head: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and tokens [rows, K] of the best next tokens of outputs [rows, h]; head [V, h]."""
-    logits = predict @ head.T
-    best, tokens = top(logits, top_k)
+@dataclass(frozen=True)
+class DraftHead:
+    """The LM head that ranks drafted tokens: the target's, or its rows of a reduced vocabulary."""
+
+    # [V_d, h]
+    weight: Tensor
+    # [V_d] int64, the rows' tokens; None: row = token
+    tokens: Tensor | None = None
+
+    @classmethod
+    def of(cls, head: Tensor, vocabulary: list[int] | None) -> "DraftHead":
+        """The rows of the target's `head` [V, h] that a draft uses; None: all."""
+        if vocabulary is None:
+            return cls(head)
+        tokens = torch.tensor(vocabulary)
+        return cls(head[tokens], tokens)
+
+
+def best_children(predict: Tensor, head: DraftHead, top_k: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and tokens [rows, K] of the best next tokens of outputs [rows, h]."""
+    logits = predict @ head.weight.T
+    best, rows = top(logits, top_k)
+    tokens = rows if head.tokens is None else head.tokens[rows]
     return best - logits.logsumexp(-1, keepdim=True), tokens
 
 

@@ -42,6 +42,7 @@ class EngineSettings:
     max_tokens: int
     dtype: str = "float32"
     batch: int = 8
+    draft_vocab_size: int | None = None
 
 
 def prepare_process() -> None:
@@ -79,7 +80,9 @@ def _engine(
         disable_log_stats=False,
         skip_tokenizer_init=False,
         seed=0,
-        speculative_config=shape.speculative_config(draft) if shape and draft else None,
+        speculative_config=(
+            shape.speculative_config(draft, settings.draft_vocab_size) if shape and draft else None
+        ),
     )
     try:
         yield llm

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vllm_griffin.evaluate.drafting import Document, Nodes, best_children
+from vllm_griffin.evaluate.drafting import Document, DraftHead, Nodes, best_children
 from vllm_griffin.evaluate.shape import TreeShape
 from vllm_griffin.train.network import Draft
 
@@ -80,7 +80,7 @@ class Path:
 
 
 def follow(
-    draft: Draft, head: Tensor, shape: TreeShape, context: int, live: list[Document]
+    draft: Draft, head: DraftHead, shape: TreeShape, context: int, live: list[Document]
 ) -> tuple[list[Path], tuple[Tensor, Tensor]]:
     """The path of each document, all documents level by level, and the roots' best children.
 

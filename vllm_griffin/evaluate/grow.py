@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from vllm_griffin.evaluate.drafting import Document, Nodes, best_children
+from vllm_griffin.evaluate.drafting import Document, DraftHead, Nodes, best_children
 from vllm_griffin.evaluate.follow import MARGIN
 from vllm_griffin.evaluate.shape import TreeShape
 from vllm_griffin.kernels.packed_bits import unpack_bits
@@ -61,7 +61,7 @@ class Questions:
 
 def grow(
     draft: Draft,
-    head: Tensor,
+    head: DraftHead,
     shape: TreeShape,
     context: int,
     live: list[Document],
@@ -71,7 +71,7 @@ def grow(
     """Tokens of rows 1 .. N and parents of rows 0 .. N of each document's tree.
 
     Args:
-        draft, head: The network, and the target's head [V, h].
+        draft, head: The network, and the head that ranks its tokens.
         shape, context: The tree; the longest text in tokens.
         live: The documents.
         roots: Log-probabilities and tokens [B, K] of their roots' best children.

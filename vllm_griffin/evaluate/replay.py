@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vllm_griffin.evaluate.drafting import Document, best_children
+from vllm_griffin.evaluate.drafting import Document, DraftHead, best_children
 from vllm_griffin.evaluate.follow import Path, follow
 from vllm_griffin.evaluate.grow import Question, grow
 from vllm_griffin.evaluate.outputs import Output
@@ -47,6 +47,7 @@ def replay_outputs(
     *,
     context: int | None = None,
     batch: int = 32,
+    vocabulary: list[int] | None = None,
     whole: bool = False,
     done: Callable[[], None] = lambda: None,
 ) -> list[PromptSteps]:
@@ -54,12 +55,13 @@ def replay_outputs(
 
     Args:
         draft: The network, with the target's embedding.
-        parts: The target's; its whole LM head ranks the drafted tokens.
+        parts: The target's.
         outputs: Answers with tails and hidden states.
         tree: The draft tree.
         context: The longest text that the engine allows, near which trees are trimmed; the target's
             `max_position_embeddings` by default.
         batch: Documents at one time.
+        vocabulary: Ids of the tokens to draft from, ascending; None: all.
         whole: Grow whole trees and keep them in the result: slower, same steps.
         done: Called after each output.
 
@@ -67,7 +69,7 @@ def replay_outputs(
         One record per output, in order.
     """
     limit = context or int(parts.config["max_position_embeddings"])
-    replayer = _Replay(draft, parts.head, tree, limit, whole)
+    replayer = _Replay(draft, DraftHead.of(parts.head, vocabulary), tree, limit, whole)
     records: list[PromptSteps] = []
     live: list[Document] = []
     for document in _documents(draft, outputs):
@@ -90,7 +92,7 @@ class _Replay:
     """The verify steps of one draft and tree."""
 
     def __init__(
-        self, draft: Draft, head: Tensor, shape: TreeShape, context: int, whole: bool
+        self, draft: Draft, head: DraftHead, shape: TreeShape, context: int, whole: bool
     ) -> None:
         self.draft = draft
         self.head = head

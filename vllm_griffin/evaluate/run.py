@@ -38,6 +38,7 @@ class Request:
     max_tokens: int
     dtype: str
     batch: int
+    draft_vocab_size: int | None = None
 
 
 class Evaluation:
@@ -55,10 +56,13 @@ class Evaluation:
         tokenizer = AutoTokenizer.from_pretrained(request.target)
         self.prompts = load_prompts(list(request.prompts), tokenizer, request.limit)
         head, context = self.parts.head, int(self.parts.config["max_position_embeddings"])
+        # Of each draft, the tokens that it drafts from; None: all.
+        self.vocabularies: dict[str, list[int] | None] = {}
         for draft in request.drafts:
             checkpoint = DraftCheckpoint.open(draft)
             checkpoint.check_target(hidden_size=head.shape[1], vocab_size=head.shape[0])
             checkpoint.validate()
+            self.vocabularies[draft] = checkpoint.vocabulary(request.draft_vocab_size)
         for prompt in self.prompts:
             if len(prompt.tokens) + 1 >= context:
                 raise ValueError(
@@ -66,7 +70,12 @@ class Evaluation:
                     f"context is {context}"
                 )
         self.settings = EngineSettings(
-            request.target, context, request.max_tokens, request.dtype, request.batch
+            request.target,
+            context,
+            request.max_tokens,
+            request.dtype,
+            request.batch,
+            request.draft_vocab_size,
         )
 
     @cached_property
@@ -120,7 +129,13 @@ class Evaluation:
             network = self._network(draft)
             with _bar(f"replay {Path(draft).name} {tree}", len(states.outputs)) as done:
                 found[draft, tree] = replay_outputs(
-                    network, self.parts, states, tree, context=context, done=done
+                    network,
+                    self.parts,
+                    states,
+                    tree,
+                    context=context,
+                    vocabulary=self.vocabularies[draft],
+                    done=done,
                 )
         checks = [
             self._check(draft, tree, states, found[draft, tree], check)
@@ -172,6 +187,7 @@ class Evaluation:
             part,
             tree,
             context=self.settings.context,
+            vocabulary=self.vocabularies[draft],
             whole=True,
         )
         # The steps that count are those of the result, which grows no whole trees.

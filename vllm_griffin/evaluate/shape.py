@@ -61,9 +61,10 @@ class TreeShape:
             ) from error
         return cls(nodes, depth, top_k)
 
-    def speculative_config(self, draft: str) -> dict[str, Any]:
+    def speculative_config(self, draft: str, draft_vocab_size: int | None = None) -> dict[str, Any]:
         """vLLM's `speculative_config` for this tree and the folder or hub id `draft`."""
-        return {
+        limit = {} if draft_vocab_size is None else {"draft_vocab_size": draft_vocab_size}
+        return limit | {
             "method": "griffin",
             "model": draft,
             "num_speculative_tokens": self.nodes,

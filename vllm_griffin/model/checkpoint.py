@@ -22,6 +22,7 @@ from vllm_griffin.model.config import (
 from vllm_griffin.model.files import TensorInfo, read_tensors, scan_tensors
 from vllm_griffin.model.layout import DraftLayout, Shape, expected_shapes
 from vllm_griffin.model.speculators import HUB_ID, flatten
+from vllm_griffin.model.vocabulary import VOCABULARY_FILE, default_size, most_frequent
 
 __all__ = [
     "CheckpointError",
@@ -159,6 +160,20 @@ class DraftCheckpoint:
         """Tree settings this draft recommends; see `tree_defaults`."""
         return tree_defaults(self.raw_config, self.config.source)
 
+    def vocabulary(self, size: int | None = None) -> list[int] | None:
+        """Ids of the tokens to draft from, ascending; None: all of them.
+
+        Args:
+            size: How many, the most frequent ones; None: as many as `config.json` says.
+
+        Raises:
+            CheckpointError: See `vllm_griffin.model.vocabulary.most_frequent`.
+        """
+        size = size or default_size(self.raw_config, self.config.source)
+        if size is None:
+            return None
+        return most_frequent(self.folder, self.config.vocab_size, size)
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every (key, tensor), file by file, on the CPU and in the file's own dtype."""
         for file in sorted({info.file for info in self.tensors.values()}):
@@ -191,7 +206,12 @@ def _download(repo: str, revision: str | None, cache_dir: str | None) -> Path:
                 repo,
                 revision=revision,
                 cache_dir=cache_dir,
-                allow_patterns=["config.json", f"*.{suffix}", f"*.{suffix}.index.json"],
+                allow_patterns=[
+                    "config.json",
+                    VOCABULARY_FILE,
+                    f"*.{suffix}",
+                    f"*.{suffix}.index.json",
+                ],
             )
             if any(Path(folder).glob(f"*.{suffix}")):
                 break

@@ -8,6 +8,7 @@ Legend of shapes: T tokens, h hidden size, V vocabulary.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from vllm.config.vllm import set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.utils import (
     get_draft_load_config,
     process_weights_after_loading,
@@ -28,6 +32,7 @@ from vllm.model_executor.model_loader.weight_utils import (
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_griffin.config import griffin_config
 from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint
 from vllm_griffin.model.config import DraftConfig
 from vllm_griffin.model.layers import DraftLayer, PlainFusion, TokenGuidedFusion
@@ -38,6 +43,8 @@ from vllm_griffin.model.target import target_parts
 logger = init_logger(__name__)
 
 PREFIX = "griffin_draft"
+# Unit vectors through the target's LM head at a time: each gives a row as wide as the vocabulary.
+UNIT_ROWS = 256
 # Checkpoint module -> (vLLM's stacked module, shard of it).
 STACKED: dict[str, tuple[str, str | int]] = {
     "layers.0.self_attn.q_proj": ("layers.0.self_attn.qkv_proj", "q"),
@@ -55,7 +62,7 @@ class GriffinDraftModel(nn.Module):
         config: Shape of the network.
         layout: Which variant it is.
         embed_tokens: The draft's own embedding, or the target's after `share_with_target`.
-        lm_head: The target's, after `share_with_target`.
+        lm_head: The target's, after `share_with_target`; part of it, after `draft_from`.
         num_kv_heads: Key and value heads of this rank.
         head_dim: Size of one head.
     """
@@ -106,6 +113,8 @@ class GriffinDraftModel(nn.Module):
         self.num_kv_heads = layer.self_attn.num_kv_heads
         self.head_dim = layer.self_attn.head_dim
         self.lm_head: nn.Module | None = None
+        # [V_d] int64, ascending; None: the whole vocabulary
+        self.draft_tokens: Tensor | None = None
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
 
     def forward(
@@ -133,7 +142,10 @@ class GriffinDraftModel(nn.Module):
         return self.layers[0](positions, fused, level)
 
     def compute_logits(self, predict: Tensor) -> Tensor | None:
-        """[T, h] -> [T, V] through the target's LM head; None where vLLM gathers no logits."""
+        """[T, h] -> [T, V] through the LM head; None where vLLM gathers no logits.
+
+        With a reduced vocabulary [T, V_d]; `target_tokens` tells which tokens they are.
+        """
         bias = getattr(self.lm_head, "bias", None)
         return self.logits_processor(self.lm_head, predict, bias)
 
@@ -182,6 +194,35 @@ class GriffinDraftModel(nn.Module):
         else:
             logger.info("griffin: the draft keeps its own embedding, the target's differs")
 
+    def draft_from(self, tokens: list[int]) -> None:
+        """Give the draft an LM head of its own, the target's rows of `tokens`.
+
+        The rows are read off the head's outputs, since it may keep its weight packed or quantised.
+        """
+        source: Any = self.lm_head
+        assert source is not None, "share_with_target comes first"
+        dtype = next(self.layers.parameters()).dtype
+        ids = torch.tensor(tokens)
+        bias = getattr(source, "bias", None)
+        head: Any = ParallelLMHead(len(ids), self.config.hidden_size, bias=bias is not None)
+        with torch.inference_mode():
+            for units in torch.eye(self.config.hidden_size, dtype=dtype).split(UNIT_ROWS):
+                columns = units.any(0)
+                logits = source.quant_method.apply(source, units)
+                head.weight[: len(ids), columns] = logits[:, ids].T.to(head.weight.dtype)
+            if bias is not None:
+                head.bias[: len(ids)] = bias[ids]
+        head.quant_method.process_weights_after_loading(head)
+        self.lm_head, self.draft_tokens = head, ids
+        whole = self.logits_processor
+        self.logits_processor = LogitsProcessor(
+            len(ids), scale=whole.scale, soft_cap=whole.soft_cap
+        )
+
+    def target_tokens(self, rows: Tensor) -> Tensor:
+        """Token ids of rows of the logits, int64 as they are."""
+        return rows if self.draft_tokens is None else self.draft_tokens[rows]
+
 
 def _same_weight(own: nn.Module, shared: nn.Module) -> bool:
     """Bit for bit; a quantised embedding has no comparable weight and so differs."""
@@ -221,6 +262,12 @@ def load_draft_model(target_model: nn.Module, vllm_config: VllmConfig) -> Griffi
             draft.load_weights(checkpoint.weights())
         process_weights_after_loading(draft, _draft_model_config(vllm_config), device)
     draft.share_with_target(target_model)
+    griffin = griffin_config(vllm_config)
+    vocabulary = checkpoint.vocabulary(griffin.draft_vocab_size if griffin else None)
+    if vocabulary is not None:
+        logger.info("griffin: drafting from the %d most frequent tokens", len(vocabulary))
+        with set_default_torch_dtype(target.dtype), device, set_current_vllm_config(vllm_config):
+            draft.draft_from(vocabulary)
     logger.info("griffin: loaded a %s draft from %s", checkpoint.layout.name, checkpoint.folder)
     return draft.eval()
 

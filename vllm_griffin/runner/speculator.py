@@ -209,7 +209,8 @@ class TreeSpeculator(DraftModelSpeculator):
     def _children(self, predict: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.model.compute_logits(predict)
         assert logits is not None, "every rank gathers the logits"
-        return top_children(logits, k)
+        logprobs, rows = top_children(logits, k)
+        return logprobs, self.model.target_tokens(rows)
 
     def _scratch(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the nodes expanded so far, for this step only."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vllm_griffin.model.checkpoint import DraftCheckpoint
+from vllm_griffin.model.vocabulary import VOCABULARY_FILE
 from vllm_griffin.train.network import Draft, DraftConfig, Fusion
 
 TREE = {"num_speculative_tokens": 59, "tree_depth": 6, "tree_top_k": 10}  # the paper's tree
-VOCABULARY = "vocabulary.json"
 
 
 class _Scaled(nn.Module):
@@ -138,7 +138,8 @@ def save_draft(
         folder: Where to.
         target: The target's `config.json`.
         dtype: Of the stored weights.
-        vocabulary: The tokens that the losses looked at, where that is not all: `vocabulary.json`.
+        vocabulary: The tokens that the losses looked at, where that is not all, the most frequent first;
+            for `vocabulary.json`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,7 @@ def save_draft(
     (folder / "config.partial").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "config.partial").replace(folder / "config.json")
     if vocabulary is not None:
-        (folder / VOCABULARY).write_text(json.dumps(vocabulary) + "\n")
+        (folder / VOCABULARY_FILE).write_text(json.dumps(vocabulary) + "\n")
 
 
 def load_draft(folder: str | Path, embeddings: Tensor | None = None) -> Draft:

@@ -285,7 +285,7 @@ class Trainer:
         tqdm.write("  ".join(f"{k} {row[k]:.4g}" for k in SHOWN))
         if row["top3"] > self.best:
             self.best = row["top3"]
-            kept = self.vocabulary.kept.tolist() if self.settings.vocabulary else None
+            kept = self.vocabulary.ranking.tolist() if self.settings.vocabulary else None
             save_draft(self.draft, self.folder, self.target.config, dtype, kept)
 
 

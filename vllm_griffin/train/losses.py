@@ -163,7 +163,9 @@ class LossVocabulary:
         """`head` [V_all, h] is the target's LM head, `counts` [V_all] how often each token occurs."""
         total = len(head)
         size = total if size is None else min(size, total)
-        self.kept = counts.argsort(descending=True, stable=True)[:size].sort().values
+        # The most frequent first, as a draft's `vocabulary.json` lists them.
+        self.ranking = counts.argsort(descending=True, stable=True)[:size]
+        self.kept = self.ranking.sort().values
         self.head = head[self.kept].contiguous()
         self._row = torch.full((total,), -1, device=head.device)
         self._row[self.kept] = torch.arange(size, device=head.device)
