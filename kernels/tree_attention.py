@@ -16,13 +16,99 @@ H_kv key heads, D head size, W 64-bit words of tail bits.
 # ruff: noqa: ANN001, ANN202
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_griffin.kernels.backend import interpreted, use_triton
 from vllm_griffin.kernels.packed_bits import unpack_bits
+
+
+@dataclass(frozen=True)
+class TreeContext:
+    """What each request's tree rows attend to: the same for all layers of a step.
+
+    Attributes:
+        block_table: Cache blocks of each request.
+        prefix_lens: Cached keys that every row of the request sees; may be 0.
+        q_start: First row of the request in ``q`` and ``out``.
+        num_rows: Rows of the request, at most ``R``; 0 leaves its rows of ``out`` untouched.
+        tail_start: First row of the request's tail in ``k_tail`` and ``v_tail``.
+        tail_bits: Bit ``j`` of row ``i`` (word ``j // 64``, bit ``j % 64``) set: row ``i`` sees tail
+            key ``j``. Keys that no row sees are never read.
+    """
+
+    # [B, max_blocks] int32
+    block_table: torch.Tensor
+    # [B] int32
+    prefix_lens: torch.Tensor
+    # [B] int32
+    q_start: torch.Tensor
+    # [B] int32
+    num_rows: torch.Tensor
+    # [B] int32 or int64
+    tail_start: torch.Tensor
+    # [B, R, W] int64
+    tail_bits: torch.Tensor
+
+    @cached_property
+    def spans(self) -> list["_Span"]:
+        """The requests with tree rows, read on the host: for the reference, which a CPU runs."""
+        visible = unpack_bits(self.tail_bits)
+        rows = torch.arange(visible.shape[1], device=visible.device)
+        visible &= (rows < self.num_rows.unsqueeze(1)).unsqueeze(2)
+        used = visible.any(1)
+        tail_lens = (used * torch.arange(1, used.shape[1] + 1, device=used.device)).amax(1)
+        numbers = (self.q_start, self.num_rows, self.prefix_lens, self.tail_start, tail_lens)
+        spans = []
+        for b, (first, n, prefix, tail, length) in enumerate(
+            zip(*(x.tolist() for x in numbers), strict=True)
+        ):
+            if n == 0:
+                continue
+            seen = visible[b, :n, :length]
+            mask = torch.zeros(n, prefix + length, device=visible.device)
+            mask[:, prefix:].masked_fill_(~seen, float("-inf"))
+            unused = ~used[b, :length, None]
+            spans.append(
+                _Span(
+                    slice(first, first + n),
+                    slice(tail, tail + length),
+                    prefix,
+                    self.block_table[b],
+                    mask,
+                    unused if bool(unused.any()) else None,
+                )
+            )
+        return spans
+
+
+@dataclass(frozen=True)
+class _Span:
+    """One request of a `TreeContext`, its rows and keys as slices."""
+
+    rows: slice
+    tail: slice
+    prefix: int
+    # [max_blocks]
+    blocks: torch.Tensor
+    # [rows, prefix + tail] float32, added to the scores
+    mask: torch.Tensor
+    # [tail, 1] bool, None: none. Unseen keys may be uninitialised memory, and 0 * NaN is NaN.
+    unused: torch.Tensor | None
+
+    def keys(self, cache: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
+        """Keys, or values, of prefix and tail, ``[H_kv, prefix + tail, D]`` float32."""
+        blocks = self.blocks[: -(-self.prefix // cache.shape[2])]
+        cached = cache[blocks].transpose(0, 1).flatten(1, 2)[:, : self.prefix]
+        new = tail[self.tail].transpose(0, 1)
+        if self.unused is not None:
+            new = new.masked_fill(self.unused, 0.0)
+        return torch.cat([cached, new], dim=1).float()
 
 
 def tree_attention_reference(
@@ -36,87 +122,22 @@ def tree_attention_reference(
     k_tail: torch.Tensor,
     # [num_tail_rows, H_kv, D]
     v_tail: torch.Tensor,
-    # [B, max_blocks] int32
-    block_table: torch.Tensor,
-    # [B] int32
-    prefix_lens: torch.Tensor,
-    # [B] int32
-    q_start: torch.Tensor,
-    # [B] int32
-    num_rows: torch.Tensor,
-    # [B] int32 or int64
-    tail_start: torch.Tensor,
-    # [B, R, W] int64
-    tail_bits: torch.Tensor,
+    context: TreeContext,
     scale: float,
     # [T, H, D]
     out: torch.Tensor,
 ) -> None:
     """The formula above with torch, request by request; arguments as in `tree_attention`."""
-    block_size = k_cache.shape[2]
-    visible = unpack_bits(tail_bits)
-    rows = torch.arange(visible.shape[1], device=visible.device)
-    visible &= (rows < num_rows.unsqueeze(1)).unsqueeze(2)
-    used = visible.any(1)
-    places = torch.arange(1, used.shape[1] + 1, device=used.device)
-    tail_lens = (used * places).amax(1)
-
-    sizes = zip(
-        *(s.tolist() for s in (q_start, num_rows, prefix_lens, tail_start, tail_lens)), strict=True
-    )
-    for b, (first, n, prefix, tail, tail_len) in enumerate(sizes):
-        if n == 0:
-            continue
-        blocks = block_table[b, : -(-prefix // block_size)]
-        k_prefix = _gather_blocks(k_cache, blocks)[:, :prefix]
-        v_prefix = _gather_blocks(v_cache, blocks)[:, :prefix]
-        seen = used[b, :tail_len, None]
-        # Unseen keys may be uninitialised memory, and 0 * NaN is NaN.
-        k_new = k_tail[tail : tail + tail_len].transpose(0, 1).float()
-        v_new = v_tail[tail : tail + tail_len].transpose(0, 1).float().masked_fill(~seen, 0.0)
-        out[first : first + n] = _attend(
-            q[first : first + n], k_prefix, v_prefix, k_new, v_new, visible[b, :n, :tail_len], scale
+    for span in context.spans:
+        attended = scaled_dot_product_attention(
+            q[span.rows].transpose(0, 1).float().unsqueeze(0),
+            span.keys(k_cache, k_tail).unsqueeze(0),
+            span.keys(v_cache, v_tail).unsqueeze(0),
+            attn_mask=span.mask,
+            scale=scale,
+            enable_gqa=True,
         )
-
-
-def _gather_blocks(
-    # [num_blocks, H_kv, block_size, D]
-    cache: torch.Tensor,
-    # [n]
-    blocks: torch.Tensor,
-) -> torch.Tensor:
-    """The keys or values of ``blocks`` in order, float32 ``[H_kv, n * block_size, D]``."""
-    return cache[blocks].transpose(0, 1).flatten(1, 2).float()
-
-
-def _attend(
-    # [n, H, D]
-    q: torch.Tensor,
-    # [H_kv, prefix, D]
-    k_prefix: torch.Tensor,
-    v_prefix: torch.Tensor,
-    # [H_kv, tail, D]
-    k_new: torch.Tensor,
-    v_new: torch.Tensor,
-    # [n, tail] bool
-    visible: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """Attention of one request, ``[n, H, D]`` float32."""
-    num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, prefix, _ = k_prefix.shape
-    group = num_heads // num_kv_heads
-    # The query heads of a key head become rows of one matrix: keys are read once per group.
-    rows = q.float().view(num_rows, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    rows = rows.reshape(num_kv_heads, group * num_rows, head_dim) * scale
-    hidden = ~visible.repeat(group, 1)
-    tail_scores = (rows @ k_new.mT).masked_fill_(hidden, float("-inf"))
-    weights = torch.cat([rows @ k_prefix.mT, tail_scores], dim=-1).softmax(-1)
-    if prefix == 0:
-        weights.masked_fill_(hidden.all(-1, keepdim=True), 0.0)
-    values = weights[..., :prefix] @ v_prefix + weights[..., prefix:] @ v_new
-    values = values.view(num_kv_heads, group, num_rows, head_dim).permute(2, 0, 1, 3)
-    return values.reshape(num_rows, num_heads, head_dim)
+        out[span.rows] = attended[0].transpose(0, 1).to(out.dtype)
 
 
 @triton.jit
@@ -279,25 +300,14 @@ def tree_attention_triton(
     k_tail: torch.Tensor,
     # [num_tail_rows, H_kv, D]
     v_tail: torch.Tensor,
-    # [B, max_blocks] int32
-    block_table: torch.Tensor,
-    # [B] int32
-    prefix_lens: torch.Tensor,
-    # [B] int32
-    q_start: torch.Tensor,
-    # [B] int32
-    num_rows: torch.Tensor,
-    # [B] int32 or int64
-    tail_start: torch.Tensor,
-    # [B, R, W] int64
-    tail_bits: torch.Tensor,
+    context: TreeContext,
     scale: float,
     # [T, H, D]
     out: torch.Tensor,
 ) -> None:
     """`tree_attention` in one launch."""
     _, num_kv_heads, block_size, head_dim = k_cache.shape
-    batch, max_rows, words = tail_bits.shape
+    batch, max_rows, words = context.tail_bits.shape
     group = q.shape[1] // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
     # Larger accumulators than this spill registers, and take minutes to compile in float32.
@@ -306,11 +316,12 @@ def tree_attention_triton(
     if batch == 0 or max_rows == 0:
         return
     _tree_attention_kernel[(batch, triton.cdiv(max_rows * group, block_m), num_kv_heads)](
-        q, k_cache, v_cache, k_tail, v_tail, block_table, prefix_lens, q_start, num_rows,
-        tail_start, tail_bits, out, scale * math.log2(math.e),
+        q, k_cache, v_cache, k_tail, v_tail, context.block_table, context.prefix_lens,
+        context.q_start, context.num_rows, context.tail_start, context.tail_bits, out,
+        scale * math.log2(math.e),
         *q.stride()[:2], *k_cache.stride(), *v_cache.stride(),
         *k_tail.stride()[:2], *v_tail.stride()[:2],
-        block_table.stride(0), *tail_bits.stride(), *out.stride()[:2],
+        context.block_table.stride(0), *context.tail_bits.stride(), *out.stride()[:2],
         block_size, head_dim, 64 * words,
         GROUP=group, BLOCK_M=block_m, BLOCK_N=64 if q.itemsize == 2 else 32, BLOCK_D=block_d,
         # The interpreter multiplies bfloat16 as the integers it keeps them in.
@@ -331,18 +342,7 @@ def tree_attention(
     k_tail: torch.Tensor,
     # [num_tail_rows, H_kv, D], last dimension contiguous
     v_tail: torch.Tensor,
-    # [B, max_blocks] int32
-    block_table: torch.Tensor,
-    # [B] int32
-    prefix_lens: torch.Tensor,
-    # [B] int32
-    q_start: torch.Tensor,
-    # [B] int32
-    num_rows: torch.Tensor,
-    # [B] int32 or int64
-    tail_start: torch.Tensor,
-    # [B, R, W] int64
-    tail_bits: torch.Tensor,
+    context: TreeContext,
     scale: float,
     # [T, H, D], last dimension contiguous
     out: torch.Tensor,
@@ -353,18 +353,9 @@ def tree_attention(
         q: Queries of the batch; ``H`` must be a multiple of ``H_kv``.
         k_cache, v_cache: The paged cache. Strides are free (CPU keys are stored transposed).
         k_tail, v_tail: Keys and values that the tail bits speak of.
-        block_table: Cache blocks of each request.
-        prefix_lens: Cached keys that every row of the request sees; may be 0.
-        q_start: First row of the request in ``q`` and ``out``.
-        num_rows: Rows of the request, at most ``R``; 0 leaves its rows of ``out`` untouched.
-        tail_start: First row of the request's tail in ``k_tail`` and ``v_tail``.
-        tail_bits: Bit ``j`` of row ``i`` (word ``j // 64``, bit ``j % 64``) set: row ``i`` sees
-            tail key ``j``. Keys that no row sees are never read.
+        context: Which of them each row sees.
         scale: Factor on the scores, usually ``D ** -0.5``.
         out: Result, written in place.
     """
     op = tree_attention_triton if use_triton(q.device) else tree_attention_reference
-    op(
-        q, k_cache, v_cache, k_tail, v_tail, block_table, prefix_lens,
-        q_start, num_rows, tail_start, tail_bits, scale, out,
-    )  # fmt: skip
+    op(q, k_cache, v_cache, k_tail, v_tail, context, scale, out)

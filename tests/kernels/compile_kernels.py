@@ -13,7 +13,7 @@ from triton.runtime import driver
 
 from vllm_griffin.kernels.kv_compaction import compact_kv_triton
 from vllm_griffin.kernels.token_fusion import fusion_norms_triton
-from vllm_griffin.kernels.tree_attention import tree_attention_triton
+from vllm_griffin.kernels.tree_attention import TreeContext, tree_attention_triton
 from vllm_griffin.kernels.tree_growth import advance_frontier_triton, order_tree_triton
 from vllm_griffin.kernels.verify import walk_tree_triton
 
@@ -54,10 +54,8 @@ def tree_attention(dtype: torch.dtype, head_dim: int) -> None:
         zeros(2),
         zeros(2, 60, 1, dtype=LONG),
     )
-    tree_attention_triton(
-        q, cache, cache, tail, tail, zeros(2, 4), per_request, per_request, per_request,
-        per_request, bits, 0.1, q.clone(),
-    )  # fmt: skip
+    context = TreeContext(zeros(2, 4), per_request, per_request, per_request, per_request, bits)
+    tree_attention_triton(q, cache, cache, tail, tail, context, 0.1, q.clone())
 
 
 def main(capability: int) -> None:

@@ -1,12 +1,16 @@
 """Tree attention: an obvious loop, the torch reference and the Triton kernel agree."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import pytest
 import torch
 
 from vllm_griffin.kernels.packed_bits import num_words
-from vllm_griffin.kernels.tree_attention import tree_attention_reference, tree_attention_triton
+from vllm_griffin.kernels.tree_attention import (
+    TreeContext,
+    tree_attention_reference,
+    tree_attention_triton,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNTOUCHED = 7.0
@@ -109,6 +113,15 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
     return {n: t.to(DEVICE) for n, t in tensors.items()} | {"scale": dim**-0.5}
 
 
+CONTEXT = [f.name for f in fields(TreeContext)]
+
+
+def run(op, x: dict) -> None:
+    """`op` on the inputs of `build`."""
+    context = TreeContext(**{name: x[name] for name in CONTEXT})
+    op(**{name: value for name, value in x.items() if name not in CONTEXT}, context=context)
+
+
 def obvious_loop(x: dict) -> torch.Tensor:
     """One softmax per row and head, in float64."""
     out = x["out"].double().clone()
@@ -136,7 +149,7 @@ def obvious_loop(x: dict) -> torch.Tensor:
 def test_reference_is_the_obvious_loop(name, dtype, atol, rtol):
     x = build(CASES[name], dtype)
     expected = obvious_loop(x)
-    tree_attention_reference(**x)
+    run(tree_attention_reference, x)
     torch.testing.assert_close(x["out"].double(), expected, atol=atol, rtol=rtol)
 
 
@@ -153,8 +166,8 @@ def test_triton_is_the_reference_in_half_precision(name, dtype, atol, rtol):
 
 def check_twins(x: dict, atol: float, rtol: float) -> None:
     twin = x | {"out": x["out"].clone()}
-    tree_attention_reference(**x)
-    tree_attention_triton(**twin)
+    run(tree_attention_reference, x)
+    run(tree_attention_triton, twin)
     assert torch.isfinite(x["out"]).all()
     torch.testing.assert_close(twin["out"], x["out"], atol=atol, rtol=rtol)
     first, last = int(x["q_start"][0]), int(x["q_start"][-1] + x["num_rows"][-1])
@@ -166,7 +179,7 @@ def check_twins(x: dict, atol: float, rtol: float) -> None:
 def test_a_row_that_sees_nothing_is_zero(op):
     x = build(Case(prefix=[0, 4], rows=[3, 2]), torch.float32)
     x["tail_bits"][:, 1] = 0
-    op(**x)
+    run(op, x)
     assert torch.isfinite(x["out"]).all()
     first, second = x["q_start"].tolist()
     assert (x["out"][first + 1] == 0).all()
@@ -178,7 +191,7 @@ def test_a_row_that_sees_nothing_is_zero(op):
 def test_skipped_requests_stay_untouched(op):
     x = build(Case(prefix=[3, 40], rows=[4, 4]), torch.float32)
     x["num_rows"][1] = 0
-    op(**x)
+    run(op, x)
     second = int(x["q_start"][1])
     assert (x["out"][second:] == UNTOUCHED).all()
     assert (x["out"][1:second] != UNTOUCHED).any()

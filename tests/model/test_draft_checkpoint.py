@@ -278,6 +278,7 @@ def test_a_file_is_not_a_draft(tmp_path):
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_hub_download_takes_bin_only_without_safetensors(monkeypatch, tmp_path, form):
     source = write_draft(tmp_path / "hub", CONFIG, GRIFFIN, form)
+    (source / "vocabulary.json").write_text("[5, 2]")
     asked = []
 
     def download(repo, *, revision, cache_dir, allow_patterns):
@@ -294,7 +295,13 @@ def test_hub_download_takes_bin_only_without_safetensors(monkeypatch, tmp_path, 
     assert opened.validate() == DraftLayout()
     assert [ask[:3] for ask in asked] == [("someone/draft", "v1", "here")] * len(asked)
     kinds = [ask[3] for ask in asked]
-    assert kinds[0] == ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    assert kinds[0] == [
+        "config.json",
+        "vocabulary.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+    ]
+    assert opened.vocabulary(2) == [2, 5]
     assert len(kinds) == (1 if form == "safetensors" else 2)
 
 

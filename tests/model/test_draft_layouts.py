@@ -54,6 +54,7 @@ def test_variant_computes_what_the_plain_network_does(load, tmp_path, name):
 @pytest.mark.parametrize("layout", [GRIFFIN, EAGLE], ids=["griffin", "eagle"])
 def test_tree_nodes_see_their_prefix_and_ancestors(load, tmp_path, layout):
     """Two requests, two levels of two nodes, against each node's path as one causal sequence."""
+    from vllm_griffin.kernels.tree_attention import TreeContext
     from vllm_griffin.model.level import TreeLevel
 
     raw = CONFIG | {"num_key_value_heads": 1}
@@ -75,17 +76,16 @@ def test_tree_nodes_see_their_prefix_and_ancestors(load, tmp_path, layout):
     for depth in range(2):
         nodes = range(2 * depth, 2 * depth + 2)
         bits = [[[sum(1 << j for j in paths[b][node])] for node in nodes] for b in range(2)]
-        level = TreeLevel(
+        context = TreeContext(
             block_table=torch.tensor([[6, 1], [4, 0]], dtype=torch.int32),
             prefix_lens=torch.tensor(lengths, dtype=torch.int32),
             q_start=torch.tensor([0, 2], dtype=torch.int32),
             num_rows=torch.tensor([2, 2], dtype=torch.int32),
-            k_scratch=k_scratch,
-            v_scratch=v_scratch,
-            write_rows=torch.tensor([4 + node for node in nodes] + [8 + node for node in nodes]),
             tail_start=torch.tensor([4, 8]),
             tail_bits=torch.tensor(bits),
         )
+        write_rows = torch.tensor([4 + node for node in nodes] + [8 + node for node in nodes])
+        level = TreeLevel(context, k_scratch, v_scratch, write_rows)
         positions = torch.tensor([lengths[b] + depth for b in range(2) for _ in nodes])
         rows = slice(2 * depth, 2 * depth + 2)
         found = draft(tokens[:, rows].flatten(), positions, fed[:, rows].flatten(0, 1), level)

@@ -84,7 +84,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[VerifyStep]]:
         if level is not None:
             step = steps[-1]
             step.places += input_ids.tolist()
-            for r, bits in enumerate(level.tail_bits[0]):
+            for r, bits in enumerate(level.context.tail_bits[0]):
                 path = [step.places[place] for place in _seen(bits)]
                 step.rows.append(Row(path, predict[r].clone(), regress[r].clone()))
         return predict, regress

@@ -74,12 +74,7 @@ class TreeAttentionMixin:
                 v_cache,
                 key.view(kv_shape),
                 value.view(kv_shape),
-                attn_metadata.block_table,
-                tree.prefix_lens,
-                tree.q_start,
-                tree.num_rows,
-                tree.q_start,
-                tree.bits,
+                tree,
                 self.scale,
                 output.view(shape),
             )

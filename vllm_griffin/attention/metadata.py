@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from vllm_griffin.kernels.tree_attention import TreeContext
+
 
 @dataclass
 class TreeRows:
@@ -23,13 +25,19 @@ class TreeRows:
     # [num_reqs, 1 + N, num_words] int64: bit j of row i = row j is row i or an ancestor of it
     bits: torch.Tensor
 
+    def context(self, block_table: torch.Tensor) -> TreeContext:
+        """What the rows attend to: the cache before their root, and each other."""
+        return TreeContext(
+            block_table, self.prefix_lens, self.q_start, self.num_rows, self.q_start, self.bits
+        )
+
 
 def attach_tree(attn_metadata: dict[str, Any], tree: TreeRows | None) -> None:
     """Hands the tree to every layer's metadata; layers of one group share theirs."""
-    for metadata in attn_metadata.values():
-        metadata.tree = tree
+    for metadata in {id(shared): shared for shared in attn_metadata.values()}.values():
+        metadata.tree = None if tree is None else tree.context(metadata.block_table)
 
 
-def attached_tree(attn_metadata: Any) -> TreeRows | None:
+def attached_tree(attn_metadata: Any) -> TreeContext | None:
     """The tree of a layer's metadata; None in passes that have none, as the draft's first one."""
     return getattr(attn_metadata, "tree", None)

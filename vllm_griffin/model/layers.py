@@ -169,12 +169,7 @@ class DraftAttention(nn.Module):
             v_cache,
             level.k_scratch,
             level.v_scratch,
-            level.block_table,
-            level.prefix_lens,
-            level.q_start,
-            level.num_rows,
-            level.tail_start,
-            level.tail_bits,
+            level.context,
             self.scale,
             out,
         )

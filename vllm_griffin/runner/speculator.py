@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_griffin.config import griffin_config
 from vllm_griffin.kernels.kv_compaction import compact_kv
+from vllm_griffin.kernels.tree_attention import TreeContext
 from vllm_griffin.kernels.tree_order import OrderedTree
 from vllm_griffin.kernels.verify import Walk
 from vllm_griffin.model.draft import GriffinDraftModel, load_draft_model
@@ -233,17 +234,16 @@ class TreeSpeculator(DraftModelSpeculator):
         request = torch.arange(batch, device=self.device)
         tail_start = request * self.grower.scratch_size
         place = torch.arange((depth - 1) * k, depth * k, device=self.device)
-        return TreeLevel(
+        context = TreeContext(
             block_table=self.draft_metadata.block_table,
             prefix_lens=extend.prefix_lens,
             q_start=(request * k).to(torch.int32),
             num_rows=torch.full((batch,), k, dtype=torch.int32, device=self.device),
-            k_scratch=scratch[0],
-            v_scratch=scratch[1],
-            write_rows=(tail_start.unsqueeze(1) + place).flatten(),
             tail_start=tail_start,
             tail_bits=frontier.bits,
         )
+        write_rows = (tail_start.unsqueeze(1) + place).flatten()
+        return TreeLevel(context, *scratch, write_rows)
 
     def _dummy_propose(self, num_reqs: int, num_tokens: int) -> torch.Tensor:
         """Runs the draft once without a cache, so that memory profiling sees its largest pass."""
