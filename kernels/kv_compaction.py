@@ -2,14 +2,17 @@
 
     KV[slots[row_start + j]] = KV[slots[row_start + path[j]]]     for 1 <= j < num_accepted
 
-A path is strictly increasing, so ``path[j] >= j``: in ascending order no row is read after it was
-overwritten.
+in every layer. A path is strictly increasing, so ``path[j] >= j``: in ascending order no row is read
+after it was overwritten.
 
-Shape letters: T tokens of the batch, B requests, H_kv key heads, D head size.
+Shape letters: L layers, T tokens of the batch, B requests, H_kv key heads, D head size.
 """
 
 # A Triton kernel annotates its constexpr arguments only.
 # ruff: noqa: ANN001, ANN202
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -17,12 +20,36 @@ import triton.language as tl
 
 from vllm_griffin.kernels.backend import use_triton
 
+# Rows are copied, not computed with: only their width matters.
+COPIED_AS = {1: tl.int8, 2: tl.int16, 4: tl.int32}
+
+
+@dataclass(frozen=True)
+class PagedCaches:
+    """Keys and values of layers with one cache layout, any dtype of 1, 2 or 4 bytes.
+
+    Raises:
+        ValueError: The layers' caches differ in shape, strides or dtype.
+    """
+
+    # L times [num_blocks, H_kv, block_size, D], any strides
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+    def __post_init__(self) -> None:
+        for caches in (self.keys, self.values):
+            if len({(c.shape, c.stride(), c.dtype) for c in caches}) > 1:
+                raise ValueError("layers of one KV cache group differ in their caches' layout")
+
+    @cached_property
+    def addresses(self) -> torch.Tensor:
+        """Of every layer's keys and values, [2, L] int64."""
+        table = [[cache.data_ptr() for cache in caches] for caches in (self.keys, self.values)]
+        return torch.tensor(table, dtype=torch.int64, device=self.keys[0].device)
+
 
 def compact_kv_reference(
-    # [num_blocks, H_kv, block_size, D], any strides
-    k_cache: torch.Tensor,
-    # [num_blocks, H_kv, block_size, D], any strides
-    v_cache: torch.Tensor,
+    caches: PagedCaches,
     # [T] int64
     slots: torch.Tensor,
     # [B] int32
@@ -33,7 +60,7 @@ def compact_kv_reference(
     num_accepted: torch.Tensor,
 ) -> None:
     """`compact_kv` with torch: gather all, then scatter."""
-    block_size = k_cache.shape[2]
+    block_size = caches.keys[0].shape[2]
     places = torch.arange(path.shape[1], device=path.device)
     accepted = places < num_accepted.unsqueeze(1)
     root = row_start.long().unsqueeze(1)
@@ -41,16 +68,17 @@ def compact_kv_reference(
     # accepted row overwrites.
     source = slots[root + torch.where(accepted, path, 0)].flatten()
     target = slots[root + torch.where(accepted, places, 0)].flatten()
-    for cache in (k_cache, v_cache):
-        rows = cache[source // block_size, :, source % block_size]
-        cache[target // block_size, :, target % block_size] = rows
+    source_block, source_token = source // block_size, source % block_size
+    target_block, target_token = target // block_size, target % block_size
+    for cache in (*caches.keys, *caches.values):
+        cache[target_block, :, target_token] = cache[source_block, :, source_token]
 
 
 @triton.jit
 def _compact_kernel(
-    # [num_blocks, H_kv, block_size, D]
-    k_cache_ptr,
-    v_cache_ptr,
+    # [2, L]: keys', then values' addresses
+    addresses_ptr,
+    num_layers,
     # [T]
     slots_ptr,
     # [B]
@@ -70,14 +98,18 @@ def _compact_kernel(
     v_dim_stride,
     block_size,
     head_dim,
+    COPIED_AS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program a request and key head: rows move one after the other, in ascending order.
+    """One program a request, key head and layer: rows move one after the other, in ascending order.
 
     A thread holds the same elements of every row, so no barrier is needed between the rows.
     """
     request = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
+    address_ptr = addresses_ptr + tl.program_id(2)
+    k_cache_ptr = tl.cast(tl.load(address_ptr), tl.pointer_type(COPIED_AS))
+    v_cache_ptr = tl.cast(tl.load(address_ptr + num_layers), tl.pointer_type(COPIED_AS))
     dim = tl.arange(0, BLOCK_D)
     mask = dim < head_dim
     k_ptr = k_cache_ptr + head * k_head_stride + dim * k_dim_stride
@@ -105,10 +137,7 @@ def _compact_kernel(
 
 
 def compact_kv_triton(
-    # [num_blocks, H_kv, block_size, D], any strides
-    k_cache: torch.Tensor,
-    # [num_blocks, H_kv, block_size, D], any strides
-    v_cache: torch.Tensor,
+    caches: PagedCaches,
     # [T] int64
     slots: torch.Tensor,
     # [B] int32
@@ -119,21 +148,19 @@ def compact_kv_triton(
     num_accepted: torch.Tensor,
 ) -> None:
     """`compact_kv` in one launch."""
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    keys, values = caches.keys[0], caches.values[0]
+    _, num_kv_heads, block_size, head_dim = keys.shape
     if len(path) == 0:
         return
-    _compact_kernel[(len(path), num_kv_heads)](
-        k_cache, v_cache, slots, row_start, path, num_accepted, path.stride(0),
-        *k_cache.stride(), *v_cache.stride(), block_size, head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+    _compact_kernel[(len(path), num_kv_heads, len(caches.keys))](
+        caches.addresses, len(caches.keys), slots, row_start, path, num_accepted, path.stride(0),
+        *keys.stride(), *values.stride(), block_size, head_dim,
+        COPIED_AS=COPIED_AS[keys.itemsize], BLOCK_D=triton.next_power_of_2(head_dim),
     )  # fmt: skip
 
 
 def compact_kv(
-    # [num_blocks, H_kv, block_size, D], any strides
-    k_cache: torch.Tensor,
-    # [num_blocks, H_kv, block_size, D], any strides
-    v_cache: torch.Tensor,
+    caches: PagedCaches,
     # [T] int64
     slots: torch.Tensor,
     # [B] int32
@@ -146,11 +173,11 @@ def compact_kv(
     """Move the accepted path of every request to the front of its rows.
 
     Args:
-        k_cache, v_cache: One layer's paged cache, any dtype.
+        caches: Of the layers that share these slots.
         slots: ``block * block_size + offset`` of every row of the batch.
         row_start: Index into ``slots`` of each request's root row.
         path: Accepted rows of the tree, strictly increasing from 0.
         num_accepted: Length of the path, root included; 0 or 1 moves nothing.
     """
-    op = compact_kv_triton if use_triton(k_cache.device) else compact_kv_reference
-    op(k_cache, v_cache, slots, row_start, path, num_accepted)
+    op = compact_kv_triton if use_triton(path.device) else compact_kv_reference
+    op(caches, slots, row_start, path, num_accepted)

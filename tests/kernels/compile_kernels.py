@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from vllm_griffin.kernels.kv_compaction import compact_kv_triton
+from vllm_griffin.kernels.kv_compaction import PagedCaches, compact_kv_triton
 from vllm_griffin.kernels.token_fusion import fusion_norms_triton
 from vllm_griffin.kernels.tree_attention import TreeContext, tree_attention_triton
 from vllm_griffin.kernels.tree_growth import advance_frontier_triton, order_tree_triton
@@ -73,7 +73,8 @@ def main(capability: int) -> None:
     for mask in (None, invalid):
         walk_tree_triton(sampled, zeros(3), zeros(2, dtype=LONG), *trees, *slots, mask, 7)
     cache = zeros(5, 2, 16, 64, dtype=torch.bfloat16)
-    compact_kv_triton(cache.mT.contiguous().mT, cache, sampled, zeros(2), zeros(2, 7), zeros(2))
+    caches = PagedCaches([cache.mT.contiguous().mT], [cache])
+    compact_kv_triton(caches, sampled, zeros(2), zeros(2, 7), zeros(2))
     a = zeros(3, 3584, dtype=torch.bfloat16)
     fusion_norms_triton(a, a, a[0], a[0], 1e-6)
 

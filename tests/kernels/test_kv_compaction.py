@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from vllm_griffin.kernels.kv_compaction import compact_kv_reference, compact_kv_triton
+from vllm_griffin.kernels.kv_compaction import (
+    PagedCaches,
+    compact_kv_reference,
+    compact_kv_triton,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYERS = 3
 OPS = [compact_kv_reference, compact_kv_triton]
 # Paths of one batch: unequal lengths, a plain request, an inactive one.
 BATCHES = {
@@ -21,15 +26,17 @@ def build(paths: list[list[int]], block_size: int, dim: int, transposed: bool, d
     rows = [max(p, default=0) + 2 for p in paths]
     width = max(map(len, paths)) + 1
     num_blocks = sum(rows) // block_size + 3
-    k, v = torch.randn(2, num_blocks, 3, block_size, dim).to(dtype).unbind(0)
+    shape = (LAYERS, num_blocks, 3, block_size, dim)
+    k, v = (torch.randn(shape).to(dtype).to(DEVICE) for _ in range(2))
     if transposed:
         k = k.mT.contiguous().mT
+    caches = PagedCaches(list(k), list(v))
     # Rows of a request lie in blocks in no order; a padding slot follows the last row.
     slots = torch.cat([torch.randperm(num_blocks * block_size)[: sum(rows)], torch.tensor([-1])])
     path = torch.tensor([p + [0] * (width - len(p)) for p in paths], dtype=torch.int32)
     start = torch.tensor([0, *rows[:-1]]).cumsum(0).int()
     accepted = torch.tensor([len(p) for p in paths], dtype=torch.int32)
-    return [x.to(DEVICE) for x in (k, v, slots, start, path, accepted)]
+    return caches, *(x.to(DEVICE) for x in (slots, start, path, accepted))
 
 
 def moved_row_by_row(cache, slots, start, path, accepted) -> torch.Tensor:
@@ -56,27 +63,35 @@ def moved_row_by_row(cache, slots, start, path, accepted) -> torch.Tensor:
     ],
 )
 def test_moves_the_path_to_the_front(op, name, block_size, dim, transposed, dtype):
-    k, v, *rest = build(BATCHES[name], block_size, dim, transposed, dtype)
-    expected = [moved_row_by_row(cache, *rest) for cache in (k, v)]
-    op(k, v, *rest)
-    assert torch.equal(k, expected[0])
-    assert torch.equal(v, expected[1])
+    check(op, *build(BATCHES[name], block_size, dim, transposed, dtype))
+
+
+def check(op, caches: PagedCaches, *rest) -> None:
+    """Every layer's keys and values are moved as row by row."""
+    expected = [moved_row_by_row(cache, *rest) for cache in (*caches.keys, *caches.values)]
+    op(caches, *rest)
+    for cache, wanted in zip((*caches.keys, *caches.values), expected, strict=True):
+        assert torch.equal(cache, wanted)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_overlapping_path_is_not_overwritten_before_it_is_read(op):
     path = [0, 2, 3, 4, 5, 6]
-    k, v, *rest = build([path, path], 16, 32, False, torch.float32)
-    expected = moved_row_by_row(k, *rest)
-    op(k, v, *rest)
-    assert torch.equal(k, expected)
+    check(op, *build([path, path], 16, 32, False, torch.float32))
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_inactive_request_on_padding_slots_changes_nothing(op):
-    k, v, slots, start, path, accepted = build([[0, 2, 4]], 16, 32, False, torch.float32)
+    caches, slots, start, path, accepted = build([[0, 2, 4]], 16, 32, False, torch.float32)
     start = torch.cat([start, torch.full_like(start, len(slots) - 1)])
     path, accepted = path.repeat(2, 1), torch.cat([accepted, torch.zeros_like(accepted)])
-    expected = moved_row_by_row(k, slots, start, path, accepted)
-    op(k, v, slots, start, path, accepted)
-    assert torch.equal(k, expected)
+    check(op, caches, slots, start, path, accepted)
+
+
+def test_layers_with_unlike_caches_are_refused():
+    cache = torch.zeros(3, 2, 16, 32)
+    for other in (cache.half(), cache[:2], cache.mT.contiguous().mT):
+        with pytest.raises(ValueError, match="differ in their caches' layout"):
+            PagedCaches([cache, other], [cache, cache])
+        with pytest.raises(ValueError, match="differ in their caches' layout"):
+            PagedCaches([cache, cache], [cache, other])

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_griffin.config import griffin_config
-from vllm_griffin.kernels.kv_compaction import compact_kv
+from vllm_griffin.kernels.kv_compaction import PagedCaches, compact_kv
 from vllm_griffin.kernels.tree_attention import TreeContext
 from vllm_griffin.kernels.tree_order import OrderedTree
 from vllm_griffin.kernels.verify import Walk
@@ -44,6 +44,8 @@ class TreeSpeculator(DraftModelSpeculator):
         self.max_path = 1 + self.levels
         self.trees = DraftTrees(self.max_num_reqs, self.num_nodes, device)
         self.verifier = VerifierSlot(self.trees, self.max_path)
+        self._caches: list[tuple[list[str], PagedCaches]] = []
+        self._cache_addresses: list[int] = []
         self.grower = TreeGrower(self.num_nodes, self.levels, self.top_k, device)
 
     def load_draft_model(
@@ -139,13 +141,24 @@ class TreeSpeculator(DraftModelSpeculator):
         """Moves the accepted path's keys and values to the front of its span, in every layer."""
         num_logits = batch.cu_num_logits[1:] - batch.cu_num_logits[:-1]
         row_start = (batch.query_start_loc[1 : batch.num_reqs + 1] - num_logits).to(torch.int32)
-        layers = self.vllm_config.compilation_config.static_forward_context
-        for name in self.target_attn_layer_names:
-            layer = layers[name]
-            k_cache, v_cache = layer.impl.kv_views(layer.kv_cache)
-            compact_kv(
-                k_cache, v_cache, slot_mappings[name], row_start, walk.path, walk.num_accepted
-            )
+        for names, caches in self._target_caches():
+            compact_kv(caches, slot_mappings[names[0]], row_start, walk.path, walk.num_accepted)
+
+    def _target_caches(self) -> list[tuple[list[str], PagedCaches]]:
+        """The target's layers by KV cache group, with their caches."""
+        context = self.vllm_config.compilation_config.static_forward_context
+        layers = {name: context[name] for name in self.target_attn_layer_names}
+        # vLLM may give the layers other memory, as after sleep.
+        addresses = [layer.kv_cache.data_ptr() for layer in layers.values()]
+        if addresses != self._cache_addresses:
+            self._cache_addresses = addresses
+            self._caches = []
+            for group in self.kv_cache_config.kv_cache_groups:
+                names = [name for name in group.layer_names if name in layers]
+                views = [layers[name].impl.kv_views(layers[name].kv_cache) for name in names]
+                if names:
+                    self._caches.append((names, PagedCaches(*map(list, zip(*views, strict=True)))))
+        return self._caches
 
     def _extend(
         self,
