@@ -47,13 +47,17 @@ def test_toy_study(alignment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     evaluation = ["--prompts", str(tmp_path / "p.jsonl"), "--temperature", "0", "--tree", "12,3,4"]
     evaluation += ["--tree", "chain:3", "--max-tokens", "12", "--replay", str(tmp_path / "o.jsonl")]
     common = ["--vocabulary", "0", "--batch-tokens", "256"]
+    later = ["--muon-lr", "0.006"]
     results = tmp_path / "results"
-    toy = study.Study(TARGET, tmp_path / "work", results, (2, 2), common, evaluation)
+    toy = study.Study(TARGET, tmp_path / "work", results, (2, 2), common, later, evaluation)
     rows = [row for row in real_rows(2.0) if row.name in ("EAGLE-2", "GRIFFIN")]
     toy.run(rows, {"": data}, {0})
     for row in rows:
         record = json.loads((results / f"{study.slug(row.name)}-0.json").read_text())
         assert record["training"]["settings"]["stages"] == [[row.passes, 2]]
+        assert record["training"]["settings"]["muon_lr"] == 0.006
+        trunk = tmp_path / "work" / f"trunk-{row.trunk}-data-0" / "run.json"
+        assert json.loads(trunk.read_text())["settings"]["muon_lr"] == 0.02
         assert record["training"]["init_from"].endswith(f"trunk-{row.trunk}-data-0")
     shown = (results / "README.md").read_text()
     assert "| GRIFFIN | 1 |" in shown and "## T=0, tree chain:3" in shown
