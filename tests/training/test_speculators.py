@@ -95,9 +95,11 @@ def test_a_relative_verifier_that_is_not_there_is_refused(tmp_path: Path) -> Non
         convert(DRAFT, TARGET, tmp_path / "out", "speculators", verifier="../nowhere")
 
 
-def test_flatten_undoes_wrap() -> None:
-    config = json.loads((DRAFT / "config.json").read_text()) | {"tree": TREE}
+@pytest.mark.parametrize("more", [{}, {"draft_vocab_size": 500}])
+def test_flatten_undoes_wrap(more: dict) -> None:
+    config = json.loads((DRAFT / "config.json").read_text()) | {"tree": TREE} | more
     wrapped = wrap(config, "some/target", ["LlamaForCausalLM"])
+    assert wrapped.get("draft_vocab_size") == more.get("draft_vocab_size")
     assert "model_type" not in wrapped, "vLLM would take it for a plain model"
     assert flatten(wrapped, "config.json") == config
     assert flatten(config, "config.json") is config
@@ -145,7 +147,8 @@ ODD = [
         "greedy",
         "`speculators_config.default_proposal_method` must be 'tree', found 'greedy'",
     ),
-    (("draft_vocab_size",), 100, "`draft_vocab_size` 100 is not supported"),
+    (("draft_vocab_size",), 100, r"vocabulary\.json: missing"),
+    (("draft_vocab_size",), -1, "`draft_vocab_size` must be a positive integer, found -1"),
     (("transformer_layer_config", "hidden_size"), None, "`hidden_size` must be a positive integer"),
 ]
 
@@ -164,7 +167,7 @@ def test_odd_keys_are_named(
         place[path[-1]] = value
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=message):
-        DraftCheckpoint.open(tmp_path)
+        DraftCheckpoint.open(tmp_path).vocabulary()
 
 
 @pytest.mark.parametrize("verifier", [{}, {"name_or_path": ""}, {"name_or_path": 3}])

@@ -26,6 +26,8 @@ TREE_KEYS = {
     "tree_depth": "tree_depth",
     "tree_top_k": "tree_top_k",
 }
+# Fields of the plain layout that stand beside the network's in the speculators layout.
+OWN_FIELDS = ("architectures", "draft_vocab_size")
 
 
 def is_speculators(raw: Mapping[str, Any]) -> bool:
@@ -48,16 +50,8 @@ def flatten(raw: dict[str, Any], source: str) -> dict[str, Any]:
     _expect(raw, source, "", "speculators_model_type", METHOD)
     layer = _object(raw, source, "", "transformer_layer_config")
     config = _object(raw, source, "", "speculators_config")
-    vocabulary = raw.get("draft_vocab_size")
-    if vocabulary not in (None, layer.get("vocab_size")):
-        raise CheckpointError(
-            f"{source}: `draft_vocab_size` {vocabulary!r} is not supported: griffin drafts over the "
-            "target's vocabulary"
-        )
     flat = dict(layer) | {"tree": _tree(config, source)}
-    if "architectures" in raw:
-        flat["architectures"] = raw["architectures"]
-    return flat
+    return flat | {name: raw[name] for name in OWN_FIELDS if name in raw}
 
 
 def wrap(
@@ -76,7 +70,7 @@ def wrap(
     }
     # Without a `model_type` of its own: by that vLLM tells the layout.
     return {
-        "architectures": list(config["architectures"]),
+        **{name: config[name] for name in OWN_FIELDS if name in config},
         "speculators_model_type": METHOD,
         "speculators_version": VERSION,
         "speculators_config": {
@@ -89,7 +83,7 @@ def wrap(
             },
         },
         "transformer_layer_config": {
-            key: value for key, value in config.items() if key not in ("architectures", "tree")
+            key: value for key, value in config.items() if key not in (*OWN_FIELDS, "tree")
         },
     }
 

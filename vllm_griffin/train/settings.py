@@ -56,7 +56,7 @@ class Settings:
     optimiser: str = "muon"
     lr: float = 1e-3
     muon_lr: float = 0.02
-    later_lr: float = 1.0
+    later_lr: float = 0.3
     warmup: int = 20
     decay: float = 0.6
     clip: float = 1.0
