@@ -104,7 +104,6 @@ OTHER_VALUES: dict[str, Any] = {
     "index_share_for_mtp_iteration": True,
     "prompt_lookup_max": 3,
     "prompt_lookup_min": 3,
-    "num_speculative_tokens_per_batch_size": [(1, 2, 3)],
     "suffix_decoding_max_tree_depth": 3,
     "suffix_decoding_max_cached_requests": 3,
     "suffix_decoding_max_spec_factor": 3.0,
@@ -128,6 +127,7 @@ def test_fields_that_are_refused_by_name(name: str) -> None:
 def test_every_field_of_vllm_is_honoured_or_refused() -> None:
     honoured = {
         "num_speculative_tokens",
+        "num_speculative_tokens_per_batch_size",
         "model",
         "method",
         "revision",
@@ -204,3 +204,19 @@ def test_a_short_draft_context_is_raised_to_the_targets(tmp_path: Path) -> None:
 def test_a_config_built_for_another_method_is_refused() -> None:
     with pytest.raises(ValueError, match="for method 'griffin' only"):
         GriffinSpeculativeConfig(method="eagle", model="x")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ([[1, 4, 60]], "per_batch_size asks for 60 nodes, num_speculative_tokens=59 is the most"),
+        ([[2, 4, 6]], "first batch-size range must start at 1"),
+        ([[1, 4, 6], [3, 8, 2]], "non-overlapping"),
+        ([[1, 4, -1]], "must be >= 0"),
+        ([[1, 4]], "per_batch_size.0.2\n  Field required"),
+        ([], "must not be empty"),
+    ],
+)
+def test_wrong_sizes_by_batch_are_named(schedule: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make({"num_speculative_tokens_per_batch_size": schedule})

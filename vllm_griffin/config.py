@@ -12,6 +12,7 @@ from pydantic import Field
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
+from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from vllm_griffin.compat import install_worker_patches
 from vllm_griffin.model.checkpoint import DraftCheckpoint
@@ -38,7 +39,6 @@ REFUSED_FIELDS: dict[str, str] = {
     "prompt_lookup_max": "leave it out; it belongs to method 'ngram'",
     "prompt_lookup_min": "leave it out; it belongs to method 'ngram'",
     "parallel_drafting": "leave it out; griffin drafts level by level",
-    "num_speculative_tokens_per_batch_size": "leave it out; the tree has one size",
     "suffix_decoding_max_tree_depth": "use tree_depth; it belongs to method 'suffix'",
     "suffix_decoding_max_cached_requests": "leave it out; it belongs to method 'suffix'",
     "suffix_decoding_max_spec_factor": "leave it out; it belongs to method 'suffix'",
@@ -81,6 +81,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
             )
         checkpoint = DraftCheckpoint.open(self.model, revision=self.revision)
         self._resolve_tree(checkpoint)
+        self._check_sizes()
         target = self.target_model_config
         checkpoint.check_target(target.get_hidden_size(), target.get_vocab_size())
         if checkpoint.has_weights:
@@ -127,6 +128,20 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
                 f"num_speculative_tokens={self.num_speculative_tokens} is above the {most} nodes "
                 f"that tree_depth={self.tree_depth} and tree_top_k={self.tree_top_k} can make "
                 f"(K + (D - 1) * K * K)"
+            )
+
+    def _check_sizes(self) -> None:
+        """The schedule of tree sizes by batch size, in vLLM's own form."""
+        if self.num_speculative_tokens_per_batch_size is None:
+            return
+        schedule = validate_and_normalize_dynamic_sd_schedule(
+            self.num_speculative_tokens_per_batch_size
+        )
+        most = max(nodes for _, _, nodes in schedule)
+        if most > self.num_speculative_tokens:
+            raise ValueError(
+                f"num_speculative_tokens_per_batch_size asks for {most} nodes, "
+                f"num_speculative_tokens={self.num_speculative_tokens} is the most"
             )
 
     def _resolve_vocabulary(self, checkpoint: DraftCheckpoint) -> None:

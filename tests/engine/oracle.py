@@ -35,9 +35,7 @@ def oracle_trees(texts: dict[str, list[int]], vocab_size: int, seed: int = 0) ->
             for name, position in zip(names, extend.prefix_lens.tolist(), strict=True)
         ]
         tokens, scores, parents = (torch.stack(part) for part in zip(*pools, strict=True))
-        return order_tree(
-            tokens, scores, parents, self.grower.pool_depths, self.num_nodes, self.levels
-        )
+        return order_tree(tokens, scores, parents, self.grower.pool_depths, args[-1], self.levels)
 
     with (
         mock.patch.object(TreeSpeculator, "propose", remember),

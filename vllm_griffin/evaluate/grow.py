@@ -79,7 +79,7 @@ def grow(
             a child that was never computed has the token -1.
     """
     k, size = shape.top_k, len(live)
-    grower = TreeGrower(shape.nodes, shape.levels, k, torch.device("cpu"))
+    grower = TreeGrower(shape.levels, k, torch.device("cpu"))
     frontier = grower.begin(*roots)
     questions, candidates = Questions(asked, shape), roots[0].clamp(max=0.0)
     features = torch.stack([document.outputs()[1] for document in live])
@@ -102,7 +102,7 @@ def grow(
         frontier = grower.advance(frontier, logprobs, tokens)
         parents = frontier.parents.long()[..., None].expand(-1, -1, features.shape[-1])
         features = regress.gather(1, parents)
-    tree = grower.finish()
+    tree = grower.finish(shape.nodes)
     return list(zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True))
 
 

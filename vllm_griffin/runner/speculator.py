@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
@@ -46,7 +47,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self.verifier = VerifierSlot(self.trees, self.max_path)
         self._caches: list[tuple[list[str], PagedCaches]] = []
         self._cache_addresses: list[int] = []
-        self.grower = TreeGrower(self.num_nodes, self.levels, self.top_k, device)
+        self.grower = TreeGrower(self.levels, self.top_k, device)
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -97,8 +98,12 @@ class TreeSpeculator(DraftModelSpeculator):
         is_profile: bool = False,
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Returns the next trees' tokens, [B, N], in the order in which they are verified."""
+        """Returns the next trees' tokens, [B, N], in the order in which they are verified.
+
+        A tree of `num_speculative_tokens` nodes, if that is given and below N, is in the first columns.
+        """
         num_reqs = input_batch.num_reqs
+        size = self.num_nodes if num_speculative_tokens is None else num_speculative_tokens
         if dummy_run:
             return self._dummy_propose(num_reqs, input_batch.num_tokens)
         walk = self._step_walk(input_batch, num_sampled, last_sampled, next_prefill_tokens)
@@ -106,9 +111,12 @@ class TreeSpeculator(DraftModelSpeculator):
             self._compact_target_cache(input_batch, slot_mappings, walk)
         extend = plan_extend(input_batch, walk, num_sampled, self.max_path)
         predict, regress = self._extend(input_batch, extend, slot_mappings, last_hidden_states)
-        tree = self._grow(extend, predict[extend.last_rows], regress[extend.last_rows])
+        if size == 0:
+            self.trees.clear(input_batch.idx_mapping)
+            return self.draft_tokens[:num_reqs]
+        tree = self._grow(extend, predict[extend.last_rows], regress[extend.last_rows], size)
         self.trees.store(input_batch.idx_mapping, tree, num_sampled > 0)
-        return tree.tokens
+        return pad(tree.tokens, (0, self.num_nodes - size))
 
     def _step_walk(
         self,
@@ -194,14 +202,15 @@ class TreeSpeculator(DraftModelSpeculator):
             return self.model(extend.input_ids, extend.positions, hidden_states[extend.hidden_rows])
 
     def _grow(
-        self, extend: ExtendBatch, predict: torch.Tensor, regress: torch.Tensor
+        self, extend: ExtendBatch, predict: torch.Tensor, regress: torch.Tensor, size: int
     ) -> OrderedTree:
-        """Grows the batch's trees from the draft's outputs at the last token; both [B, h]."""
+        """Grows trees of `size` nodes from the draft's outputs at the last token; both [B, h]."""
         batch, k = predict.shape[0], self.top_k
         frontier = self.grower.begin(*self._children(predict, k))
         features = regress.unsqueeze(1).expand(-1, k, -1)
         scratch = self._scratch(batch)
-        for depth in range(1, self.levels):
+        # A tree of few nodes is at most that deep.
+        for depth in range(1, min(self.levels, size)):
             level = self._level(extend, frontier, scratch, depth)
             # Slot p - 1 + depth of the draft pairs the parent's feature with the node's token.
             positions = (extend.prefix_lens.long() - 1 + depth).clamp(max=self.max_model_len - 1)
@@ -218,7 +227,7 @@ class TreeSpeculator(DraftModelSpeculator):
             features = regress.view(batch, k, -1).gather(
                 1, frontier.parents.long().unsqueeze(-1).expand(-1, -1, regress.shape[-1])
             )
-        return self.grower.finish()
+        return self.grower.finish(size)
 
     def _children(self, predict: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.model.compute_logits(predict)

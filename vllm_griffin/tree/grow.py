@@ -35,8 +35,7 @@ class Frontier:
 class TreeGrower:
     """Grows the trees of one batch. All shapes follow from (N, D, K); nothing leaves the device."""
 
-    def __init__(self, num_nodes: int, levels: int, top_k: int, device: torch.device) -> None:
-        self.num_nodes = num_nodes
+    def __init__(self, levels: int, top_k: int, device: torch.device) -> None:
         self.levels = levels
         self.top_k = top_k
         # The last level is not expanded, so its nodes need no place in the scratch buffer.
@@ -94,15 +93,15 @@ class TreeGrower:
         self._pool_size += best.scores.shape[1]
         return grown
 
-    def finish(self) -> OrderedTree:
-        """The N best nodes of the pool, spine first (see ``order_tree``)."""
+    def finish(self, num_nodes: int) -> OrderedTree:
+        """The best nodes of the pool so far, spine first (see ``order_tree``)."""
         return order_tree(
             torch.cat(self._tokens, dim=1),
             torch.cat(self._scores, dim=1),
             torch.cat(self._parents, dim=1),
-            self.pool_depths,
-            self.num_nodes,
-            self.levels,
+            self.pool_depths[: self._pool_size],
+            num_nodes,
+            self._level,
         )
 
 

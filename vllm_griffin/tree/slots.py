@@ -4,6 +4,7 @@ Shapes: S request slots, N nodes, W 64-bit words for 1 + N bits.
 """
 
 import torch
+from torch.nn.functional import pad
 
 from vllm_griffin.kernels.packed_bits import num_words
 from vllm_griffin.kernels.tree_order import OrderedTree
@@ -21,7 +22,6 @@ class DraftTrees:
         rows = 1 + num_nodes
         words = num_words(rows)
         chain = torch.arange(rows, device=device)
-        self.max_nodes = num_nodes
         # [S, N] int64
         self.tokens = torch.zeros(slots, num_nodes, dtype=torch.int64, device=device)
         # [S, 1 + N] int32: row of the parent, -1 for the root
@@ -46,11 +46,20 @@ class DraftTrees:
         self.spine_only[slot] = spine_only
 
     def store(self, slots: torch.Tensor, tree: OrderedTree, valid: torch.Tensor) -> None:
-        """Keeps the batch's trees; ``slots`` [B] int64, ``valid`` [B] bool: there is a root."""
-        self.tokens[slots] = tree.tokens
-        self.parents[slots] = tree.parents
-        self.depths[slots] = tree.depths
-        self.scores[slots] = tree.scores
-        self.bits[slots] = tree.bits
+        """Keeps the batch's trees, of N nodes or fewer.
+
+        ``slots`` [B] int64, ``valid`` [B] bool: there is a root. Rows past a smaller tree keep what they had.
+        """
+        nodes, words = tree.tokens.shape[1], tree.bits.shape[2]
+        rows = slice(0, 1 + nodes)
+        self.tokens[slots, :nodes] = tree.tokens
+        self.parents[slots, rows] = tree.parents
+        self.depths[slots, rows] = tree.depths
+        self.scores[slots, rows] = tree.scores
+        self.bits[slots, rows] = pad(tree.bits, (0, self.bits.shape[2] - words))
         self.spine_len[slots] = tree.spine_len
-        self.num_nodes[slots] = valid.to(torch.int32) * self.max_nodes
+        self.num_nodes[slots] = valid.to(torch.int32) * nodes
+
+    def clear(self, slots: torch.Tensor) -> None:
+        """The requests of ``slots`` [B] int64 get no tree in this step."""
+        self.num_nodes[slots] = 0
