@@ -66,12 +66,16 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[VerifyStep]]:
     grow, forward = TreeSpeculator._grow, GriffinDraftModel.forward
 
     def recording_grow(
-        self: TreeSpeculator, extend: ExtendBatch, predict: torch.Tensor, regress: torch.Tensor
+        self: TreeSpeculator,
+        extend: ExtendBatch,
+        predict: torch.Tensor,
+        regress: torch.Tensor,
+        size: int,
     ) -> object:
         assert len(predict) == 1
         row = Row([], predict[0].clone(), regress[0].clone())
         steps.append(VerifyStep(int(extend.prefix_lens[0]), [row]))
-        return grow(self, extend, predict, regress)
+        return grow(self, extend, predict, regress, size)
 
     def recording_forward(
         self: GriffinDraftModel,
