@@ -15,14 +15,14 @@ H_kv key heads, D head size, W 64-bit words of tail bits.
 # A Triton kernel annotates its constexpr arguments only.
 # ruff: noqa: ANN001, ANN202
 
+import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import triton
 import triton.language as tl
-from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_griffin.kernels.backend import interpreted, use_triton
 from vllm_griffin.kernels.packed_bits import unpack_bits
@@ -40,6 +40,8 @@ class TreeContext:
         tail_start: First row of the request's tail in ``k_tail`` and ``v_tail``.
         tail_bits: Bit ``j`` of row ``i`` (word ``j // 64``, bit ``j % 64``) set: row ``i`` sees tail
             key ``j``. Keys that no row sees are never read.
+        tail_cached: The tail's keys and values also follow the prefix in the cache, as those of a
+            verification do; reading all from there spares a CPU half of its small operations.
     """
 
     # [B, max_blocks] int32
@@ -54,8 +56,9 @@ class TreeContext:
     tail_start: torch.Tensor
     # [B, R, W] int64
     tail_bits: torch.Tensor
+    tail_cached: bool = False
 
-    @cached_property
+    @functools.cached_property
     def spans(self) -> list["_Span"]:
         """The requests with tree rows, read on the host: for the reference, which a CPU runs."""
         visible = unpack_bits(self.tail_bits)
@@ -65,6 +68,7 @@ class TreeContext:
         tail_lens = (used * torch.arange(1, used.shape[1] + 1, device=used.device)).amax(1)
         numbers = (self.q_start, self.num_rows, self.prefix_lens, self.tail_start, tail_lens)
         spans = []
+        tables = self.block_table.tolist()
         for b, (first, n, prefix, tail, length) in enumerate(
             zip(*(x.tolist() for x in numbers), strict=True)
         ):
@@ -73,15 +77,16 @@ class TreeContext:
             seen = visible[b, :n, :length]
             mask = torch.zeros(n, prefix + length, device=visible.device)
             mask[:, prefix:].masked_fill_(~seen, float("-inf"))
-            unused = ~used[b, :length, None]
+            unused, blind = ~used[b, :length, None], ~seen.any(1, keepdim=True)
             spans.append(
                 _Span(
                     slice(first, first + n),
-                    slice(tail, tail + length),
-                    prefix,
-                    self.block_table[b],
+                    None if self.tail_cached else slice(tail, tail + length),
+                    prefix + length if self.tail_cached else prefix,
+                    tables[b],
                     mask,
                     unused if bool(unused.any()) else None,
+                    blind if prefix == 0 and bool(blind.any()) else None,
                 )
             )
         return spans
@@ -92,23 +97,26 @@ class _Span:
     """One request of a `TreeContext`, its rows and keys as slices."""
 
     rows: slice
-    tail: slice
-    prefix: int
-    # [max_blocks]
-    blocks: torch.Tensor
+    # None: cached, behind the prefix
+    tail: slice | None
+    cached: int
+    # [max_blocks]: of which those of the cached keys are meant
+    blocks: list[int]
     # [rows, prefix + tail] float32, added to the scores
     mask: torch.Tensor
     # [tail, 1] bool, None: none. Unseen keys may be uninitialised memory, and 0 * NaN is NaN.
     unused: torch.Tensor | None
+    # [rows, 1] bool, None: none. Rows that see no key at all.
+    blind: torch.Tensor | None
 
-    def keys(self, cache: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
-        """Keys, or values, of prefix and tail, ``[H_kv, prefix + tail, D]`` float32."""
-        blocks = self.blocks[: -(-self.prefix // cache.shape[2])]
-        cached = cache[blocks].transpose(0, 1).flatten(1, 2)[:, : self.prefix]
-        new = tail[self.tail].transpose(0, 1)
-        if self.unused is not None:
-            new = new.masked_fill(self.unused, 0.0)
-        return torch.cat([cached, new], dim=1).float()
+    def pieces(self, cache: torch.Tensor, tail: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Keys, or values, block by block where they lie, then the tail; each [H_kv, n, D] float32."""
+        size = cache.shape[2]
+        for i in range(-(-self.cached // size)):
+            yield cache[self.blocks[i], :, : self.cached - i * size].float()
+        if self.tail is not None:
+            new = tail[self.tail].transpose(0, 1).float()
+            yield new if self.unused is None else new.masked_fill(self.unused, 0.0)
 
 
 def tree_attention_reference(
@@ -128,16 +136,22 @@ def tree_attention_reference(
     out: torch.Tensor,
 ) -> None:
     """The formula above with torch, request by request; arguments as in `tree_attention`."""
+    kv_heads = k_cache.shape[1]
     for span in context.spans:
-        attended = scaled_dot_product_attention(
-            q[span.rows].transpose(0, 1).float().unsqueeze(0),
-            span.keys(k_cache, k_tail).unsqueeze(0),
-            span.keys(v_cache, v_tail).unsqueeze(0),
-            attn_mask=span.mask,
-            scale=scale,
-            enable_gqa=True,
-        )
-        out[span.rows] = attended[0].transpose(0, 1).to(out.dtype)
+        # [H_kv, group, rows, D], and with a group's rows below each other
+        rows = q[span.rows].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+        stacked = rows.flatten(1, 2).float()
+        scores = [stacked @ keys.mT for keys in span.pieces(k_cache, k_tail)]
+        widths = [s.shape[-1] for s in scores]
+        joined = torch.cat(scores, -1) if len(scores) > 1 else scores[0]
+        weights = torch.add(span.mask, joined.view(*rows.shape[:3], -1), alpha=scale).softmax(-1)
+        if span.blind is not None:
+            weights = weights.masked_fill(span.blind, 0.0)
+        parts = weights.flatten(1, 2).split(widths, -1)
+        values = span.pieces(v_cache, v_tail)
+        attended = functools.reduce(torch.add, map(torch.matmul, parts, values))
+        into = out[span.rows].unflatten(1, (kv_heads, -1))
+        into.copy_(attended.view(rows.shape).permute(2, 0, 1, 3))
 
 
 @triton.jit

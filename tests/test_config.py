@@ -109,9 +109,6 @@ OTHER_VALUES: dict[str, Any] = {
     "suffix_decoding_max_spec_factor": 3.0,
     "suffix_decoding_min_token_prob": 0.5,
     "draft_load_config": {"load_format": "dummy"},
-    "rejection_sample_method": "block",
-    "synthetic_acceptance_rates": [0.5],
-    "synthetic_acceptance_length": 2.0,
     "draft_sample_method": "probabilistic",
     "dspark_draft_topk": 3,
 }
@@ -124,6 +121,27 @@ def test_fields_that_are_refused_by_name(name: str) -> None:
     assert REFUSED_FIELDS[name] in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"rejection_sample_method": "block"}, "leave it at 'standard'"),
+        ({"synthetic_acceptance_length": 2.0}, "only valid with rejection_sample_method"),
+        ({"rejection_sample_method": "synthetic"}, "requires exactly one of"),
+        (
+            {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 8.0},
+            r"must be in \[1, 7\]",
+        ),
+        (
+            {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.5]},
+            "must have length 6",
+        ),
+    ],
+)
+def test_forced_acceptance_is_for_benchmarks(fields: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        make(fields)
+
+
 def test_every_field_of_vllm_is_honoured_or_refused() -> None:
     honoured = {
         "num_speculative_tokens",
@@ -133,6 +151,9 @@ def test_every_field_of_vllm_is_honoured_or_refused() -> None:
         "revision",
         "draft_tensor_parallel_size",
         "disable_eagle_block_drop",
+        "rejection_sample_method",
+        "synthetic_acceptance_rates",
+        "synthetic_acceptance_length",
     }
     set_by_vllm = {
         "target_model_config",

@@ -44,9 +44,6 @@ REFUSED_FIELDS: dict[str, str] = {
     "suffix_decoding_max_spec_factor": "leave it out; it belongs to method 'suffix'",
     "suffix_decoding_min_token_prob": "leave it out; it belongs to method 'suffix'",
     "draft_load_config": "leave it out; the draft is read by its own loader",
-    "rejection_sample_method": "leave it at 'standard'; tree verification is always exact",
-    "synthetic_acceptance_rates": "leave it out; acceptance is never forced",
-    "synthetic_acceptance_length": "leave it out; acceptance is never forced",
     "enable_adaptive_verification": "leave it out; it belongs to method 'dspark'",
     "draft_sample_method": "leave it at 'greedy'; the tree holds the draft's best nodes",
     "dspark_draft_topk": "use tree_top_k; it belongs to method 'dspark'",
@@ -82,6 +79,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         checkpoint = DraftCheckpoint.open(self.model, revision=self.revision)
         self._resolve_tree(checkpoint)
         self._check_sizes()
+        self._resolve_rejection()
         target = self.target_model_config
         checkpoint.check_target(target.get_hidden_size(), target.get_vocab_size())
         if checkpoint.has_weights:
@@ -142,6 +140,31 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
             raise ValueError(
                 f"num_speculative_tokens_per_batch_size asks for {most} nodes, "
                 f"num_speculative_tokens={self.num_speculative_tokens} is the most"
+            )
+
+    def _resolve_rejection(self) -> None:
+        """Exact verification, or acceptance forced for a benchmark: a rate for each level of the tree."""
+        if self.rejection_sample_method == "synthetic":
+            rates = self._resolve_synthetic_acceptance_rates(
+                self.tree_levels, self.synthetic_acceptance_rates, self.synthetic_acceptance_length
+            )
+            # vLLM checks that there is one for each drafted token.
+            deeper = self.num_speculative_tokens - self.tree_levels
+            self.synthetic_acceptance_rates = rates + deeper * [0.0]
+            self.synthetic_acceptance_length = None
+            logger.warning(
+                "griffin: rejection_sample_method='synthetic' forces acceptance: outputs are not the target's"
+            )
+        elif self.rejection_sample_method != "standard":
+            raise ValueError(
+                f"speculative_config['rejection_sample_method']={self.rejection_sample_method!r} is "
+                f"not supported with method 'griffin': leave it at 'standard'; tree verification is "
+                f"always exact"
+            )
+        elif self.synthetic_acceptance_rates or self.synthetic_acceptance_length is not None:
+            raise ValueError(
+                "synthetic_acceptance_rates and synthetic_acceptance_length are only valid with "
+                "rejection_sample_method='synthetic'"
             )
 
     def _resolve_vocabulary(self, checkpoint: DraftCheckpoint) -> None:

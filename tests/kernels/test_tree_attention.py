@@ -113,13 +113,15 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
     return {n: t.to(DEVICE) for n, t in tensors.items()} | {"scale": dim**-0.5}
 
 
-CONTEXT = [f.name for f in fields(TreeContext)]
+CONTEXT = [f.name for f in fields(TreeContext) if f.name != "tail_cached"]
 
 
 def run(op, x: dict) -> None:
     """`op` on the inputs of `build`."""
-    context = TreeContext(**{name: x[name] for name in CONTEXT})
-    op(**{name: value for name, value in x.items() if name not in CONTEXT}, context=context)
+    tail_cached = x.get("tail_cached", False)
+    context = TreeContext(**{name: x[name] for name in CONTEXT}, tail_cached=tail_cached)
+    rest = x.keys() - {*CONTEXT, "tail_cached"}
+    op(**{name: x[name] for name in rest}, context=context)
 
 
 def obvious_loop(x: dict) -> torch.Tensor:
@@ -151,6 +153,29 @@ def test_reference_is_the_obvious_loop(name, dtype, atol, rtol):
     expected = obvious_loop(x)
     run(tree_attention_reference, x)
     torch.testing.assert_close(x["out"].double(), expected, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_cached_tail_is_read_from_the_cache(transposed):
+    """Across a block's edge, within one block, and where the prefix ends with a block or is empty."""
+    case = Case(prefix=[13, 20, 16, 0], rows=[7, 5, 4, 3], transposed_keys=transposed)
+    x = build(case, torch.float32)
+    expected = x | {"out": x["out"].clone()}
+    run(tree_attention_reference, expected)
+    table = torch.arange(12, dtype=torch.int32).view(4, 3).to(DEVICE)
+    for side in ("k", "v"):
+        cache, tail = x[f"{side}_cache"], x[f"{side}_tail"]
+        moved = torch.full((12, *cache.shape[1:]), float("nan"), device=DEVICE)
+        moved = moved.mT.contiguous().mT if transposed else moved
+        for b, (prefix, rows) in enumerate(zip(case.prefix, case.rows, strict=True)):
+            start = int(x["tail_start"][b])
+            for j in range(prefix + rows):
+                old = cache[x["block_table"][b, j // 16], :, j % 16] if j < prefix else None
+                new = tail[start + j - prefix] if old is None else old
+                moved[table[b, j // 16], :, j % 16] = new
+        x[f"{side}_cache"], x[f"{side}_tail"] = moved, torch.full_like(tail, float("nan"))
+    run(tree_attention_reference, x | {"block_table": table, "tail_cached": True})
+    torch.testing.assert_close(x["out"], expected["out"])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
-from vllm_griffin.attention.metadata import attached_tree
+from vllm_griffin.attention.metadata import attached_tree, only_tree
 from vllm_griffin.kernels.tree_attention import tree_attention
 
 
@@ -55,14 +55,17 @@ class TreeAttentionMixin:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As vLLM's, then the tree rows of ``output`` anew.
+        """As vLLM's for causal rows, then the tree rows of ``output``.
+
+        Backends here write the cache before and apart from this, so a batch of trees skips vLLM's part.
 
         Shapes: ``query``, ``output`` [num_tokens, num_heads, head_dim]; ``key``, ``value``
         [num_tokens, num_kv_heads, head_dim].
         """
-        output = super().forward(  # type: ignore[misc]
-            layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
-        )
+        if not only_tree(attn_metadata):
+            output = super().forward(  # type: ignore[misc]
+                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+            )
         tree = attached_tree(attn_metadata)
         if tree is not None:
             k_cache, v_cache = self.kv_views(kv_cache)

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -17,6 +18,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_griffin.attention.metadata import TreeRows, attach_tree
 from vllm_griffin.runner.sampler import TreeVerifier
+from vllm_griffin.runner.synthetic import SyntheticVerifier
 from vllm_griffin.tree import DraftTrees
 
 
@@ -86,6 +88,7 @@ class GriffinModelState(DefaultModelState):
         if batch.num_draft_tokens == 0:
             return None
         num_reqs = batch.num_reqs
+        num_logits_np = np.diff(batch.cu_num_logits_np)
         num_logits = (batch.cu_num_logits[1:] - batch.cu_num_logits[:-1]).to(torch.int32)
         seq_lens = batch.seq_lens[:num_reqs]
         return TreeRows(
@@ -94,15 +97,19 @@ class GriffinModelState(DefaultModelState):
             num_rows=torch.where(num_logits > 1, num_logits, 0).to(torch.int32),
             prefix_lens=(seq_lens - num_logits).to(torch.int32),
             bits=self.trees.bits[batch.idx_mapping],
+            alone=bool(
+                (batch.num_scheduled_tokens == num_logits_np).all() and num_logits_np.min() > 1
+            ),
         )
 
 
 class VerifierSlot:
     """Where the speculator, built first, finds the verifier that the model state builds later."""
 
-    def __init__(self, trees: DraftTrees, max_path: int) -> None:
+    def __init__(self, trees: DraftTrees, max_path: int, rates: list[float] | None) -> None:
         self._trees = trees
         self._max_path = max_path
+        self._synthetic = None if rates is None else SyntheticVerifier(rates, trees, max_path)
         self.verifier: TreeVerifier | None = None
 
     def install(self, sampler: Sampler) -> TreeVerifier:
@@ -112,7 +119,7 @@ class VerifierSlot:
             from vllm_griffin.runner.trace import StepTrace
 
             trace = StepTrace(os.environ["VLLM_GRIFFIN_TRACE"])
-        self.verifier = TreeVerifier(sampler, self._trees, self._max_path, trace)
+        self.verifier = TreeVerifier(sampler, self._trees, self._max_path, trace, self._synthetic)
         return self.verifier
 
     def forget(self, request_id: str) -> None:

@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_griffin.kernels.verify import Walk, walk_tree
+from vllm_griffin.runner.synthetic import SyntheticVerifier
 from vllm_griffin.tree import DraftTrees
 
 if TYPE_CHECKING:
@@ -35,12 +36,18 @@ class TreeVerifier:
     """
 
     def __init__(
-        self, sampler: Sampler, trees: DraftTrees, max_path: int, trace: "StepTrace | None"
+        self,
+        sampler: Sampler,
+        trees: DraftTrees,
+        max_path: int,
+        trace: "StepTrace | None",
+        synthetic: SyntheticVerifier | None = None,
     ) -> None:
         self.sampler = sampler
         self.trees = trees
         self.max_path = max_path
         self.trace = trace
+        self.synthetic = synthetic
         # The walk of this step, for the speculator that runs after it; None = nothing was drafted.
         self.walk: Walk | None = None
 
@@ -118,18 +125,22 @@ class TreeVerifier:
             return_logprobs=logprobs_dims is not None,
         )
         cu_num_logits = batch.cu_num_logits[start : end + 1] - low
-        walk = walk_tree(
-            drawn,
-            cu_num_logits,
-            batch.idx_mapping[start:end],
-            self.trees.tokens,
-            self.trees.parents,
-            self.trees.num_nodes,
-            self.trees.spine_len,
-            self.trees.spine_only,
-            None if invalid_drafts is None else invalid_drafts[rows],
-            self.max_path,
-        )
+        slots = batch.idx_mapping[start:end]
+        if self.synthetic is not None:
+            walk = self.synthetic.walk(drawn, cu_num_logits, slots)
+        else:
+            walk = walk_tree(
+                drawn,
+                cu_num_logits,
+                slots,
+                self.trees.tokens,
+                self.trees.parents,
+                self.trees.num_nodes,
+                self.trees.spine_len,
+                self.trees.spine_only,
+                None if invalid_drafts is None else invalid_drafts[rows],
+                self.max_path,
+            )
         if logprobs_dims is None:
             return walk, None
         if self.sampler.logprobs_mode not in PROCESSED_LOGPROBS_MODES:

@@ -44,7 +44,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self.top_k = spec.tree_top_k
         self.max_path = 1 + self.levels
         self.trees = DraftTrees(self.max_num_reqs, self.num_nodes, device)
-        self.verifier = VerifierSlot(self.trees, self.max_path)
+        self.verifier = VerifierSlot(self.trees, self.max_path, spec.synthetic_acceptance_rates)
         self._caches: list[tuple[list[str], PagedCaches]] = []
         self._cache_addresses: list[int] = []
         self.grower = TreeGrower(self.levels, self.top_k, device)
