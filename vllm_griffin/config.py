@@ -6,7 +6,7 @@ which is an EAGLE-type method to all of them needs no further patch.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
@@ -16,11 +16,13 @@ from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_
 
 from vllm_griffin.compat import install_worker_patches
 from vllm_griffin.model.checkpoint import DraftCheckpoint
-from vllm_griffin.model.config import PAPER_TREE, max_tree_nodes
+from vllm_griffin.model.config import PAPER_TREE, max_tree_nodes, tree_acceptance
+from vllm_griffin.tree_shape import TreeShape
 
 logger = init_logger(__name__)
 
 METHOD = "griffin"
+SizesByBatch: TypeAlias = list[tuple[int, int, int]] | Literal["auto"]
 
 # Fields of vLLM's SpeculativeConfig that griffin does not honour: what to do instead.
 REFUSED_FIELDS: dict[str, str] = {
@@ -68,6 +70,13 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
     """Draft from so many tokens only, the most frequent of the draft's training data, as its
     ``vocabulary.json`` ranks them. Default: the draft's config, else the whole vocabulary."""
 
+    tree_acceptance: dict[str, float] | None = None
+    """Acceptance length of this draft by tree, ``{"nodes,depth,top_k": length}``: what "auto" chooses from.
+    Default: the draft's config, where ``vllm-griffin eval --write-trees`` puts it."""
+    num_speculative_tokens_per_batch_size: SizesByBatch | None = None  # type: ignore[assignment]
+    """As in vLLM; or "auto": the tree that pays most on this machine, by steps timed at start-up, none where
+    none pays. The default of a draft with `tree_acceptance` if no other field names a tree."""
+
     def __post_init__(self) -> None:
         """Resolves the tree and the draft's model config, or refuses by name."""
         self._refuse_fields()
@@ -77,7 +86,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
                 "the draft's folder or hub id"
             )
         checkpoint = DraftCheckpoint.open(self.model, revision=self.revision)
-        self._resolve_tree(checkpoint)
+        self.trees = self._resolve_trees(checkpoint)
         self._check_sizes()
         self._resolve_rejection()
         target = self.target_model_config
@@ -110,6 +119,53 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
                     f"speculative_config['{field.name}']={value!r} is not supported with method "
                     f"'griffin': {REFUSED_FIELDS[field.name]}"
                 )
+
+    def _resolve_trees(self, checkpoint: DraftCheckpoint) -> list[TreeShape]:
+        """Sets N, D and K. Returns the trees that may be drafted."""
+        named = [self.num_speculative_tokens, self.tree_depth, self.tree_top_k]
+        if self.tree_acceptance is None:
+            self.tree_acceptance = checkpoint.tree_acceptance()
+        else:
+            tree_acceptance({"tree_acceptance": self.tree_acceptance}, "speculative_config")
+        unnamed = not any([*named, self.num_speculative_tokens_per_batch_size])
+        self.adaptive = self.num_speculative_tokens_per_batch_size == "auto" or (
+            unnamed and bool(self.tree_acceptance)
+        )
+        if self.adaptive:
+            return self._resolve_candidates()
+        self._resolve_tree(checkpoint)
+        assert self.tree_depth is not None and self.tree_top_k is not None
+        return [TreeShape(self.num_speculative_tokens, self.tree_depth, self.tree_top_k)]
+
+    def _resolve_candidates(self) -> list[TreeShape]:
+        """The trees of `tree_acceptance` that are no larger than N, D and K, where those are named."""
+        if not self.tree_acceptance:
+            raise ValueError(
+                "num_speculative_tokens_per_batch_size='auto' needs tree_acceptance, which the draft's "
+                "config.json does not have: measure it with `vllm-griffin eval --write-trees`"
+            )
+        limits = (self.num_speculative_tokens, self.tree_depth, self.tree_top_k)
+        trees: list[TreeShape] = []
+        for text in self.tree_acceptance:
+            shape = TreeShape.parse(text)
+            sizes = (shape.nodes, shape.depth, shape.top_k)
+            if shape.nodes in {known.nodes for known in trees}:
+                raise ValueError(f"tree_acceptance has two trees of {shape.nodes} nodes: keep one")
+            if all(
+                limit is None or size <= limit for size, limit in zip(sizes, limits, strict=True)
+            ):
+                trees.append(shape)
+        if not trees:
+            raise ValueError(
+                f"tree_acceptance has no tree within num_speculative_tokens={limits[0]}, "
+                f"tree_depth={limits[1]}, tree_top_k={limits[2]}: it has {', '.join(self.tree_acceptance)}"
+            )
+        self.num_speculative_tokens = max(shape.nodes for shape in trees)
+        self.tree_depth = max(shape.depth for shape in trees)
+        self.tree_top_k = max(shape.top_k for shape in trees)
+        # What vLLM reads until the steps are timed: sizes will go by batch size, up to the largest.
+        self.num_speculative_tokens_per_batch_size = [(1, 1, self.num_speculative_tokens)]
+        return trees
 
     def _resolve_tree(self, checkpoint: DraftCheckpoint) -> None:
         defaults = PAPER_TREE | checkpoint.tree_defaults()
@@ -214,18 +270,24 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         self.__dict__.update(state)
         install_worker_patches()
 
+    def acceptance_by_nodes(self) -> dict[int, float]:
+        """Acceptance length by nodes of the trees that may be drafted, as far as it is known."""
+        known = {
+            TreeShape.parse(tree): length for tree, length in (self.tree_acceptance or {}).items()
+        }
+        return {shape.nodes: known[shape] for shape in self.trees if shape in known}
+
     @property
     def tree_levels(self) -> int:
         """Levels that can hold a selected node: a tree of N nodes is at most N deep."""
-        assert self.tree_depth is not None
-        return min(self.tree_depth, self.num_speculative_tokens)
+        return max(shape.levels for shape in self.trees)
 
     def __repr__(self) -> str:
         """Shows what the user asked for, in the engine's start-up line."""
         return (
             f"SpeculativeConfig(method='{METHOD}', model={self.draft_model_config.model!r}, "
             f"num_spec_tokens={self.num_speculative_tokens}, tree_depth={self.tree_depth}, "
-            f"tree_top_k={self.tree_top_k})"
+            f"tree_top_k={self.tree_top_k}{', sizes by batch: auto' if self.adaptive else ''})"
         )
 
 

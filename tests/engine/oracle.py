@@ -14,6 +14,7 @@ import torch
 from vllm_griffin.kernels.tree_order import OrderedTree, order_tree
 from vllm_griffin.runner.speculator import TreeSpeculator
 from vllm_griffin.runner.trace import client_request_id
+from vllm_griffin.tree import TreeGrower
 
 
 @contextlib.contextmanager
@@ -29,13 +30,14 @@ def oracle_trees(texts: dict[str, list[int]], vocab_size: int, seed: int = 0) ->
 
     def random_trees(self: TreeSpeculator, extend: Any, *args: Any) -> OrderedTree:
         grow(self, extend, *args)  # the draft runs all the same
+        grower = self.grower_of(args[-1])
         names = [client_request_id(r) for r in batches[0].req_ids]
         pools = [
-            _pool(self, texts[name][position + 1 :], vocab_size, generator)
+            _pool(grower, texts[name][position + 1 :], vocab_size, generator)
             for name, position in zip(names, extend.prefix_lens.tolist(), strict=True)
         ]
         tokens, scores, parents = (torch.stack(part) for part in zip(*pools, strict=True))
-        return order_tree(tokens, scores, parents, self.grower.pool_depths, args[-1], self.levels)
+        return order_tree(tokens, scores, parents, grower.pool_depths, args[-1], grower.levels)
 
     with (
         mock.patch.object(TreeSpeculator, "propose", remember),
@@ -45,10 +47,10 @@ def oracle_trees(texts: dict[str, list[int]], vocab_size: int, seed: int = 0) ->
 
 
 def _pool(
-    speculator: TreeSpeculator, right: list[int], vocab_size: int, generator: torch.Generator
+    grower: TreeGrower, right: list[int], vocab_size: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One request's candidates: random siblings, the right token among them on one path."""
-    k, levels = speculator.top_k, speculator.levels
+    k, levels = grower.top_k, grower.levels
     tokens: list[int] = []
     scores: list[float] = []
     parents: list[int] = []

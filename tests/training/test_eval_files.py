@@ -6,7 +6,7 @@ import pytest
 
 from vllm_griffin.evaluate.outputs import Output, append_outputs, read_outputs
 from vllm_griffin.evaluate.prompts import encode, load_prompts, read_first_turns
-from vllm_griffin.evaluate.shape import TreeShape
+from vllm_griffin.tree_shape import TreeShape
 
 OUTPUT = Output(3, 1.0, [1, 2], [4, 5], [6], set="s", seed=3, max_tokens=2, target="digest")
 

@@ -17,11 +17,11 @@ from vllm_griffin.evaluate.drafting import top
 from vllm_griffin.evaluate.outputs import Output
 from vllm_griffin.evaluate.prompts import Prompt
 from vllm_griffin.evaluate.replay import replay_outputs
-from vllm_griffin.evaluate.shape import TreeShape
 from vllm_griffin.evaluate.states import OutputStates
 from vllm_griffin.evaluate.steps import compare, paths
 from vllm_griffin.train.checkpoint import load_draft
 from vllm_griffin.train.setup import TargetParts, load_target_parts
+from vllm_griffin.tree_shape import TreeShape
 
 TARGET, DRAFT = MODELS / "target", MODELS / "griffin"
 NEW_TOKENS = 24

@@ -75,6 +75,12 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Draft from the most frequent tokens only; default: what each draft's config says.",
 )
 @click.option("--write-card", is_flag=True, help="Put the result into the drafts' model cards.")
+@click.option(
+    "--write-trees",
+    is_flag=True,
+    help="Keep the trees' acceptance lengths in the drafts' config.json: an engine then chooses the tree "
+    "that pays on its machine.",
+)
 def command(
     target: str,
     drafts: tuple[str, ...],
@@ -90,6 +96,7 @@ def command(
     batch: int,
     draft_vocab_size: int | None,
     write_card: bool,
+    write_trees: bool,
 ) -> None:
     """Measure drafts: acceptance length, acceptance per depth, misaligned tokens.
 
@@ -100,9 +107,9 @@ def command(
     Acceptance length is 1 + accepted / verify steps, pooled over a prompt set; intervals are a bootstrap
     over its prompts.
     """
-    _check_options(drafts, replay, check_engine, output, dtype, write_card)
+    _check_options(drafts, replay, check_engine, output, dtype, write_card, write_trees)
     from vllm_griffin.evaluate.engine import EngineError, prepare_process
-    from vllm_griffin.evaluate.shape import TreeShape
+    from vllm_griffin.tree_shape import TreeShape
 
     prepare_process()
     try:
@@ -127,6 +134,17 @@ def command(
     except (ValueError, OSError, KeyError, EngineError) as error:
         raise click.ClickException(str(error.args[0] if error.args else error)) from error
     _show(rows, checks)
+    if write_trees:
+        from vllm_griffin.evaluate.trees import pooled_lengths
+        from vllm_griffin.evaluate.trees import write_trees as write_lengths
+
+        for draft in request.drafts:
+            try:
+                write_lengths(Path(draft), pooled_lengths(draft, rows))
+            except (ValueError, OSError) as error:
+                raise click.ClickException(
+                    f"{draft}: the trees are not written: {error}"
+                ) from error
     if output is not None:
         file = _write(evaluation, replay, rows, checks, output)
         if write_card:
@@ -148,6 +166,7 @@ def _check_options(
     output: Path | None,
     dtype: str,
     write_card: bool,
+    write_trees: bool,
 ) -> None:
     if check_engine and replay is None:
         raise click.UsageError("--check-engine compares a replay with the engine: give --replay")
@@ -155,8 +174,9 @@ def _check_options(
         raise click.UsageError("a replay computes in float32: leave --dtype out")
     if write_card and (replay is not None or output is None):
         raise click.UsageError("--write-card needs a result of the engine and --output")
-    if write_card and not all(Path(draft).is_dir() for draft in drafts):
-        raise click.UsageError("--write-card needs drafts in local folders")
+    for flag, wanted in (("--write-card", write_card), ("--write-trees", write_trees)):
+        if wanted and not all(Path(draft).is_dir() for draft in drafts):
+            raise click.UsageError(f"{flag} needs drafts in local folders")
 
 
 def _show(rows: list[dict[str, Any]], checks: list[dict[str, Any]]) -> None:

@@ -90,6 +90,16 @@ def _get_attn_backend(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_attn_backend
 
 
+def _engine_core_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        from vllm_griffin.cost import adapt
+
+        adapt(self)
+
+    return __init__
+
+
 CONFIG_PATCHES = (
     Patch(
         module="vllm.engine.arg_utils",
@@ -139,5 +149,20 @@ WORKER_PATCHES = (
         reason="no backend of vLLM can mask a different tree for each request",
         until="a backend takes per-request ancestor masks, or one can be chosen per engine by name",
         imported_by=("vllm.model_executor.layers.attention.attention",),
+    ),
+    Patch(
+        module="vllm.v1.engine.core",
+        name="EngineCore.__init__",
+        parameters=(
+            "self",
+            "vllm_config",
+            "executor_class",
+            "log_stats",
+            "executor_fail_callback",
+            "include_finished_set",
+        ),
+        replacement=_engine_core_init,
+        reason="tree sizes are chosen by timed steps, which need workers and scheduler, before requests come",
+        until="vLLM calls a speculative method when an engine is ready",
     ),
 )

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_griffin.evaluate.outputs import TAIL, Output
 from vllm_griffin.evaluate.prompts import Prompt
-from vllm_griffin.evaluate.shape import TreeShape
 from vllm_griffin.evaluate.steps import PromptSteps, steps_of_trace
 from vllm_griffin.trace import TraceRecord, read_trace
+from vllm_griffin.tree_shape import TreeShape
 
 if TYPE_CHECKING:
     from vllm import LLM

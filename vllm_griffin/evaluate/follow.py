@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vllm_griffin.evaluate.drafting import Document, DraftHead, Nodes, best_children
-from vllm_griffin.evaluate.shape import TreeShape
 from vllm_griffin.train.network import Draft
+from vllm_griffin.tree_shape import TreeShape
 
 # Scores of a path and of a grown tree differ by rounding; less than this apart, neither decides.
 MARGIN = 1e-3

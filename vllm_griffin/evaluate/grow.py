@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vllm_griffin.evaluate.drafting import Document, DraftHead, Nodes, best_children
 from vllm_griffin.evaluate.follow import MARGIN
-from vllm_griffin.evaluate.shape import TreeShape
 from vllm_griffin.kernels.packed_bits import unpack_bits
 from vllm_griffin.train.network import Draft
 from vllm_griffin.tree import Frontier, TreeGrower
+from vllm_griffin.tree_shape import TreeShape
 
 # Score and depth of a node of which it must be known whether it is in the tree.
 Question: TypeAlias = tuple[float, int]

@@ -23,10 +23,10 @@ from vllm_griffin.evaluate.drafting import Document, DraftHead, best_children
 from vllm_griffin.evaluate.follow import Path, follow
 from vllm_griffin.evaluate.grow import Question, grow
 from vllm_griffin.evaluate.outputs import Output
-from vllm_griffin.evaluate.shape import TreeShape
 from vllm_griffin.evaluate.steps import PromptSteps, Step, spine, walk
 from vllm_griffin.train.network import Draft
 from vllm_griffin.train.setup import TargetParts
+from vllm_griffin.tree_shape import TreeShape
 
 
 class Outputs(Protocol):

@@ -14,13 +14,13 @@ from vllm_griffin.evaluate.engine import EngineSettings, evaluate_in_engine, gen
 from vllm_griffin.evaluate.outputs import TAIL, Output, append_outputs, read_outputs
 from vllm_griffin.evaluate.prompts import Prompt, load_prompts
 from vllm_griffin.evaluate.replay import replay_outputs
-from vllm_griffin.evaluate.shape import TreeShape
 from vllm_griffin.evaluate.states import OutputStates, fingerprint
 from vllm_griffin.evaluate.steps import PromptSteps, compare
 from vllm_griffin.model.checkpoint import DraftCheckpoint, find_folder
 from vllm_griffin.train.checkpoint import load_draft
 from vllm_griffin.train.network import Draft
 from vllm_griffin.train.setup import TargetParts, load_target_parts
+from vllm_griffin.tree_shape import TreeShape
 
 Key = tuple[str, int, float]
 

@@ -17,6 +17,7 @@ from vllm_griffin.model.config import (
     CheckpointError,
     DraftConfig,
     read_json,
+    tree_acceptance,
     tree_defaults,
 )
 from vllm_griffin.model.files import TensorInfo, read_tensors, scan_tensors
@@ -159,6 +160,10 @@ class DraftCheckpoint:
     def tree_defaults(self) -> dict[str, int]:
         """Tree settings this draft recommends; see `tree_defaults`."""
         return tree_defaults(self.raw_config, self.config.source)
+
+    def tree_acceptance(self) -> dict[str, float] | None:
+        """Acceptance length by tree, as measured; see `tree_acceptance`."""
+        return tree_acceptance(self.raw_config, self.config.source)
 
     def vocabulary(self, size: int | None = None) -> list[int] | None:
         """Ids of the tokens to draft from, ascending; None: all of them.

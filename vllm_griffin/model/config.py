@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_griffin.tree_shape import TreeShape
+
 # Rope types that vLLM's `get_rope` computes as Hugging Face does, with the fields each one needs.
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -131,6 +133,36 @@ def tree_defaults(config: Mapping[str, Any], source: str = "config.json") -> dic
             known = ", ".join(TREE_FIELDS)
             raise CheckpointError(f"{source}: `tree.{name}` is not known (known: {known})")
     return {name: Fields(tree, source, "tree.").positive(name) for name in tree}
+
+
+def tree_acceptance(
+    config: Mapping[str, Any], source: str = "config.json"
+) -> dict[str, float] | None:
+    """Acceptance length by tree, in the optional `"tree_acceptance"` entry of a draft's `config.json`.
+
+    Returns:
+        `nodes,depth,top_k` -> length; None without the entry.
+
+    Raises:
+        CheckpointError: Not an object, not a tree, or a length that such a tree cannot have.
+    """
+    lengths = config.get("tree_acceptance")
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Mapping) or not lengths:
+        raise CheckpointError(f"{source}: `tree_acceptance` must be an object with trees in it")
+    for tree, length in lengths.items():
+        try:
+            shape = TreeShape.parse(tree)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: `tree_acceptance`: {error}") from error
+        number = isinstance(length, (int, float)) and not isinstance(length, bool)
+        if not number or not 1 <= length <= 1 + shape.levels:
+            raise CheckpointError(
+                f"{source}: `tree_acceptance` of {tree} must lie in [1, {1 + shape.levels}], "
+                f"found {length!r}"
+            )
+    return dict(lengths)
 
 
 def max_tree_nodes(depth: int, top_k: int) -> int:

@@ -27,7 +27,7 @@ TREE_KEYS = {
     "tree_top_k": "tree_top_k",
 }
 # Fields of the plain layout that stand beside the network's in the speculators layout.
-OWN_FIELDS = ("architectures", "draft_vocab_size")
+OWN_FIELDS = ("architectures", "draft_vocab_size", "tree_acceptance")
 
 
 def is_speculators(raw: Mapping[str, Any]) -> bool:

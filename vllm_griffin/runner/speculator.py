@@ -40,14 +40,16 @@ class TreeSpeculator(DraftModelSpeculator):
         spec = griffin_config(vllm_config)
         assert spec is not None and spec.tree_top_k is not None
         self.num_nodes = spec.num_speculative_tokens
-        self.levels = spec.tree_levels
         self.top_k = spec.tree_top_k
-        self.max_path = 1 + self.levels
+        self.max_path = 1 + spec.tree_levels
         self.trees = DraftTrees(self.max_num_reqs, self.num_nodes, device)
         self.verifier = VerifierSlot(self.trees, self.max_path, spec.synthetic_acceptance_rates)
         self._caches: list[tuple[list[str], PagedCaches]] = []
         self._cache_addresses: list[int] = []
-        self.grower = TreeGrower(self.levels, self.top_k, device)
+        # By number of nodes
+        self.growers = {t.nodes: TreeGrower(t.levels, t.top_k, device) for t in spec.trees}
+        # Turned off where no tree pays; the draft's cache is then not kept up either.
+        self.drafting = True
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -107,6 +109,8 @@ class TreeSpeculator(DraftModelSpeculator):
         if dummy_run:
             return self._dummy_propose(num_reqs, input_batch.num_tokens)
         walk = self._step_walk(input_batch, num_sampled, last_sampled, next_prefill_tokens)
+        if not self.drafting:
+            return self.draft_tokens[:num_reqs]
         if input_batch.num_draft_tokens > 0:
             self._compact_target_cache(input_batch, slot_mappings, walk)
         extend = plan_extend(input_batch, walk, num_sampled, self.max_path)
@@ -205,13 +209,14 @@ class TreeSpeculator(DraftModelSpeculator):
         self, extend: ExtendBatch, predict: torch.Tensor, regress: torch.Tensor, size: int
     ) -> OrderedTree:
         """Grows trees of `size` nodes from the draft's outputs at the last token; both [B, h]."""
-        batch, k = predict.shape[0], self.top_k
-        frontier = self.grower.begin(*self._children(predict, k))
+        grower = self.grower_of(size)
+        batch, k = predict.shape[0], grower.top_k
+        frontier = grower.begin(*self._children(predict, k))
         features = regress.unsqueeze(1).expand(-1, k, -1)
-        scratch = self._scratch(batch)
+        scratch = self._scratch(batch, grower)
         # A tree of few nodes is at most that deep.
-        for depth in range(1, min(self.levels, size)):
-            level = self._level(extend, frontier, scratch, depth)
+        for depth in range(1, min(grower.levels, size)):
+            level = self._level(extend, frontier, grower, scratch, depth)
             # Slot p - 1 + depth of the draft pairs the parent's feature with the node's token.
             positions = (extend.prefix_lens.long() - 1 + depth).clamp(max=self.max_model_len - 1)
             predict, regress = self.model(
@@ -221,13 +226,17 @@ class TreeSpeculator(DraftModelSpeculator):
                 level,
             )
             logprobs, tokens = self._children(predict, k)
-            frontier = self.grower.advance(
+            frontier = grower.advance(
                 frontier, logprobs.view(batch, k, k), tokens.view(batch, k, k)
             )
             features = regress.view(batch, k, -1).gather(
                 1, frontier.parents.long().unsqueeze(-1).expand(-1, -1, regress.shape[-1])
             )
-        return self.grower.finish(size)
+        return grower.finish(size)
+
+    def grower_of(self, size: int) -> TreeGrower:
+        """For trees of `size` nodes: a shape of their own, or the best nodes of the largest tree's pool."""
+        return self.growers.get(size, self.growers[self.num_nodes])
 
     def _children(self, predict: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.model.compute_logits(predict)
@@ -235,10 +244,10 @@ class TreeSpeculator(DraftModelSpeculator):
         logprobs, rows = top_children(logits, k)
         return logprobs, self.model.target_tokens(rows)
 
-    def _scratch(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scratch(self, batch: int, grower: TreeGrower) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the nodes expanded so far, for this step only."""
         heads, head_dim = self.model.num_kv_heads, self.model.head_dim
-        shape = (batch * self.grower.scratch_size, heads, head_dim)
+        shape = (batch * grower.scratch_size, heads, head_dim)
         dtype = next(self.model.parameters()).dtype
         return (
             torch.empty(shape, dtype=dtype, device=self.device),
@@ -249,12 +258,13 @@ class TreeSpeculator(DraftModelSpeculator):
         self,
         extend: ExtendBatch,
         frontier: Frontier,
+        grower: TreeGrower,
         scratch: tuple[torch.Tensor, torch.Tensor],
         depth: int,
     ) -> TreeLevel:
         batch, k = frontier.tokens.shape
         request = torch.arange(batch, device=self.device)
-        tail_start = request * self.grower.scratch_size
+        tail_start = request * grower.scratch_size
         place = torch.arange((depth - 1) * k, depth * k, device=self.device)
         context = TreeContext(
             block_table=self.draft_metadata.block_table,

@@ -12,6 +12,9 @@ from vllm_griffin.kernels.verify import Walk
 from vllm_griffin.trace import TraceRecord, TraceWriter
 from vllm_griffin.tree import DraftTrees
 
+# Requests of the measurement at start-up (`vllm_griffin.cost`) are nobody's.
+START_UP = "griffin-start-up-"
+
 
 class StepTrace:
     """Collects one record per request and verify step."""
@@ -35,7 +38,7 @@ class StepTrace:
             slot = int(batch.idx_mapping_np[b])
             first, last = (int(i) for i in batch.cu_num_logits_np[b : b + 2])
             rows = last - first
-            if rows == 1 or int(trees.num_nodes[slot]) == 0:
+            if rows == 1 or int(trees.num_nodes[slot]) == 0 or request_id.startswith(START_UP):
                 continue
             accepted = int(walk.num_accepted[b])
             root_row = logit_rows[first]

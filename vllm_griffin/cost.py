@@ -1,0 +1,164 @@
+"""Which tree pays on this machine: steps are timed at start-up, acceptance is the draft's own figure.
+
+A step with n drafted nodes in a batch of b requests takes t(b, n) and gives A(n) tokens a request, a plain
+one t(b, 0) and one token; so drafting is worth A(n) * t(b, 0) / t(b, n). What is timed are true steps of
+the engine, with requests that nobody sent, so nothing has to be modelled.
+
+Shape letters: b requests of a batch, n nodes of a tree.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm import SamplingParams
+from vllm.logger import init_logger
+from vllm.v1.request import Request
+
+from vllm_griffin.config import griffin_config
+from vllm_griffin.runner.trace import START_UP
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCore
+
+logger = init_logger(__name__)
+
+# Drafting must promise this much, since acceptance on the prompts to come is a guess.
+WORTH = 1.05
+PROMPT_TOKENS = 16
+WARM_STEPS, TIMED_STEPS = 3, 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is drafted for batches of up to `batch` requests: `nodes` (0: nothing), for so much speed."""
+
+    batch: int
+    nodes: int
+    speedup: float
+
+
+def adapt(core: "EngineCore") -> None:
+    """Time the engine's steps and set its tree sizes by batch size; no-op unless they are "auto"."""
+    spec = griffin_config(core.vllm_config)
+    if spec is None or not spec.adaptive:
+        return
+    lengths = spec.acceptance_by_nodes()
+    most = core.vllm_config.scheduler_config.max_num_seqs
+    start = time.perf_counter()
+    choices = choose(StepTimer(core), lengths, most)
+    lookup = sizes_by_batch(choices, most)
+    scheduler: Any = core.scheduler
+    scheduler.dynamic_sd_lookup = lookup
+    _set_drafting(core, any(lookup))
+    logger.info(
+        "griffin: tree sizes measured in %.1f s. %s",
+        time.perf_counter() - start,
+        describe(choices, {shape.nodes: str(shape) for shape in spec.trees}),
+    )
+
+
+def choose(timer: "StepTimer", lengths: Mapping[int, float], most: int) -> list[Choice]:
+    """The best tree at batch sizes 1, 2, 4 .. `most`; larger ones than the first that has none are not timed.
+
+    Args:
+        timer: Gives seconds of a step by (b, n).
+        lengths: Acceptance length by n.
+        most: The engine's largest batch.
+    """
+    choices = []
+    for batch in _powers_of_two(most):
+        plain = timer.seconds(batch, 0)
+        best = Choice(batch, 0, 1.0)
+        slower = plain
+        for nodes, length in sorted(lengths.items()):
+            # A larger tree takes no less time than a smaller one.
+            if length * plain / slower < WORTH:
+                continue
+            slower = timer.seconds(batch, nodes)
+            speedup = length * plain / slower
+            if speedup >= max(WORTH, best.speedup):
+                best = Choice(batch, nodes, speedup)
+        choices.append(best)
+        if best.nodes == 0:
+            break
+    return choices
+
+
+def sizes_by_batch(choices: Sequence[Choice], most: int) -> list[int]:
+    """Nodes for each batch size 0 .. `most`; what lies between two that were timed follows the larger."""
+    lookup, done = [0] * (most + 1), 0
+    for choice in choices:
+        for batch in range(done + 1, choice.batch + 1):
+            lookup[batch] = choice.nodes
+        done = choice.batch
+    return lookup
+
+
+def describe(choices: Sequence[Choice], names: Mapping[int, str]) -> str:
+    """For the log: which tree at which batch size, and what it is expected to bring."""
+    if choices[0].nodes == 0:
+        return "No tree pays here: drafting is off"
+    parts = []
+    for choice in choices:
+        tree = f"tree {names[choice.nodes]} ({choice.speedup:.2f}x)" if choice.nodes else "off"
+        parts.append(f"{choice.batch}: {tree}")
+    return "Up to so many requests: " + ", ".join(parts)
+
+
+class StepTimer:
+    """Runs the engine's own steps and takes their times."""
+
+    def __init__(self, core: "EngineCore") -> None:
+        self.core = core
+        self.numbers = itertools.count()
+
+    def seconds(self, batch: int, nodes: int) -> float:
+        """Median time of a decode step of `batch` requests with `nodes` drafted for each."""
+        core = self.core
+        scheduler: Any = core.scheduler
+        _set_drafting(core, nodes > 0)
+        scheduler.dynamic_sd_lookup = [nodes] * len(scheduler.dynamic_sd_lookup)
+        ids = [f"{START_UP}{next(self.numbers)}" for _ in range(batch)]
+        for request_id in ids:
+            core.add_request(self._request(request_id))
+        times = []
+        for step in range(WARM_STEPS + TIMED_STEPS):
+            start = time.perf_counter()
+            _, executed = core.step_fn()
+            core.post_step(executed)
+            if step >= WARM_STEPS:
+                times.append(time.perf_counter() - start)
+        core.abort_requests(ids)
+        while scheduler.has_requests() or core.batch_queue:
+            _, executed = core.step_fn()
+            core.post_step(executed)
+        core.reset_prefix_cache()
+        return statistics.median(times)
+
+    def _request(self, request_id: str) -> Request:
+        prompt = list(range(PROMPT_TOKENS))
+        params = SamplingParams(
+            temperature=0.0, max_tokens=10**6, ignore_eos=True, detokenize=False
+        )
+        return Request(request_id, prompt, params, None)
+
+
+def _set_drafting(core: "EngineCore", drafting: bool) -> None:
+    core.collective_rpc(_set_worker_drafting, args=(drafting,))
+
+
+def _set_worker_drafting(worker: Any, drafting: bool) -> None:
+    """Runs in each worker. Without drafting the draft's cache is not kept up either."""
+    worker.model_runner.speculator.drafting = drafting
+
+
+def _powers_of_two(most: int) -> Iterator[int]:
+    size = 1
+    while size < most:
+        yield size
+        size *= 2
+    yield most
