@@ -1,0 +1,222 @@
+"""What a decode step does, by part: kernels launched, bytes they touch, times the host waits for a device.
+
+    python benchmarks/counts.py --output docs/results/counts.json
+
+Runs on a CPU with Triton's interpreter (VLLM_GRIFFIN_CPU=1, VLLM_GRIFFIN_KERNELS=triton are set here), on
+the code that a GPU runs: a torch op that computes or copies is one launch, a Triton kernel is one. Bytes are
+those of the tensors that go in and come out. These are counts, not times.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / "examples" / "models"
+
+
+@dataclass
+class Counts:
+    """Of one part, over all steps that were counted."""
+
+    launches: int = 0
+    bytes: int = 0
+    waits: int = 0
+
+
+def parts() -> list[tuple[Any, str, str]]:
+    """(owner, method, part): what runs below a method counts for its part, but for parts within it."""
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from vllm_griffin.runner.model_state import GriffinModelState
+    from vllm_griffin.runner.sampler import TreeVerifier
+    from vllm_griffin.runner.speculator import TreeSpeculator
+
+    return [
+        (GPUModelRunner, "execute_model", "vLLM, around the model"),
+        (GPUModelRunner, "sample_tokens", "vLLM, around the sampler"),
+        (LlamaForCausalLM, "forward", "target"),
+        (LlamaForCausalLM, "compute_logits", "target's LM head"),
+        (GriffinModelState, "prepare_attn", "tree rows: masks"),
+        (GriffinModelState, "prepare_inputs", "tree rows: positions"),
+        (TreeVerifier, "__call__", "draws and walk"),
+        (TreeSpeculator, "propose", "draft: around"),
+        (TreeSpeculator, "_compact_target_cache", "KV compaction"),
+        (TreeSpeculator, "_extend", "draft: extend pass"),
+        (TreeSpeculator, "_grow", "draft: tree levels"),
+    ]
+
+
+class Counter:
+    """Counts between `start` and `stop`."""
+
+    def __init__(self) -> None:
+        self.counts: defaultdict[str, Counts] = defaultdict(Counts)
+        self.stack: list[str] = []
+        self.in_kernel = False
+        self.steps = 0
+
+    @property
+    def here(self) -> Counts | None:
+        """Counts of the part that runs, None outside of all parts and inside a Triton kernel."""
+        return self.counts[self.stack[-1]] if self.stack and not self.in_kernel else None
+
+    def part(self, method: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """`method`, with what it does counted for `name`."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.stack.append(name)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.stack.pop()
+
+        return counted
+
+    def kernel(self, launch: Callable[..., Any]) -> Callable[..., Any]:
+        """Triton's launch in the interpreter, as one launch."""
+
+        def counted(grid: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.here is not None:
+                self.here.launches += 1
+                self.here.bytes += num_bytes([args, kwargs])
+            outer, self.in_kernel = self.in_kernel, True
+            try:
+                return launch(grid, *args, **kwargs)
+            finally:
+                self.in_kernel = outer
+
+        return counted
+
+
+def num_bytes(tree: Any) -> int:
+    """Of all tensors in nested arguments."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@contextmanager
+def counting(counter: Counter) -> Iterator[None]:
+    """Count torch ops, Triton launches and waits of this process."""
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from triton.runtime.interpreter import GridExecutor
+    from waits import is_wait
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            here = counter.here
+            view = func.is_view or func.__name__.startswith(("empty", "new_empty", "detach"))
+            if here is not None and not view:
+                here.launches += 1
+                here.bytes += num_bytes([args, kwargs, out])
+            return out
+
+    class Waits(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            here = counter.here
+            if here is not None and is_wait(func, args, kwargs or {}):
+                here.waits += 1
+            return func(*args, **(kwargs or {}))
+
+    patches = [
+        mock.patch.object(owner, method, counter.part(getattr(owner, method), name))
+        for owner, method, name in parts()
+    ]
+    patches.append(
+        mock.patch.object(GridExecutor, "__call__", counter.kernel(GridExecutor.__call__))
+    )
+    for patch in patches:
+        patch.start()
+    try:
+        with Waits(), Launches():
+            yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def table(counter: Counter) -> list[dict[str, Any]]:
+    """A row for each part and one for the sum, per step."""
+    rows = [
+        {"part": name} | {k: v / counter.steps for k, v in asdict(counts).items()}
+        for _, _, name in parts()
+        if (counts := counter.counts.get(name)) is not None
+    ]
+    ours = [row for row in rows if not row["part"].startswith(("target", "vLLM"))]
+    for name, chosen in (("ours", ours), ("all", rows)):
+        sums = {k: sum(row[k] for row in chosen) for k in ("launches", "bytes", "waits")}
+        rows.append({"part": name} | sums)
+    return rows
+
+
+@click.command()
+@click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--target", default=MODELS / "target", type=click.Path(exists=True, path_type=Path))
+@click.option("--draft", default=MODELS / "griffin", type=click.Path(exists=True, path_type=Path))
+@click.option("--tree", default="59,6,10", show_default=True, help="nodes,depth,top_k")
+@click.option("--requests", default=2, show_default=True)
+@click.option("--steps", default=6, show_default=True)
+def main(output: Path, target: Path, draft: Path, tree: str, requests: int, steps: int) -> None:
+    """Count a decode step's launches, bytes and waits, by part."""
+    os.environ |= {"VLLM_GRIFFIN_CPU": "1", "VLLM_GRIFFIN_KERNELS": "triton"}
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+
+    from vllm_griffin import provenance
+
+    names = ("num_speculative_tokens", "tree_depth", "tree_top_k")
+    spec = dict(zip(names, map(int, tree.split(",")), strict=True))
+    llm = LLM(
+        str(target),
+        dtype="float32",
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        max_model_len=512,
+        max_num_seqs=requests,
+        speculative_config=spec | {"method": "griffin", "model": str(draft)},
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True, detokenize=False)
+    engine = llm.llm_engine
+    for i in range(requests):
+        engine.add_request(str(i), {"prompt_token_ids": list(range(40 + i, 60 + i))}, params)
+    counter = Counter()
+    for _ in range(3):
+        engine.step()
+    with counting(counter):
+        for _ in range(steps):
+            engine.step()
+    counter.steps = steps
+    rows = table(counter)
+    setting = {"tree": tree, "requests": requests, "steps": steps, "target": target.name}
+    provenance.write(
+        output, {"provenance": provenance.describe(), "setting": setting, "rows": rows}
+    )
+    lines = ["| part, per step | launches | MB | waits |", "|---|---|---|---|"]
+    for row in rows:
+        lines.append(
+            f"| {row['part']} | {row['launches']:.1f} | {row['bytes'] / 1e6:.2f} | {row['waits']:.1f} |"
+        )
+    output.with_suffix(".md").write_text("\n".join([*lines, "", json.dumps(setting), ""]))
+    click.echo("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Tokens per second of decoding: vLLM without speculation and trees, in turn on one machine.
+
+    python benchmarks/generate.py chat --output docs/results/cpu_chat.json
+    python benchmarks/generate.py shape --acceptance 3.5 --output docs/results/cpu_1b.json
+
+`chat`: a real pair on MT-bench prompts. `shape`: weights of random numbers in a Llama's shape, acceptance
+forced to a given length (vLLM's `rejection_sample_method="synthetic"`). All engines live at the same time
+and take turns, so that a noisy machine is noisy for all of them. Prints a table; writes JSON, Markdown and a
+picture.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from engine_process import CPU, Decoding, Engine
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "examples" / "models" / "smollm2-griffin"
+PLAIN_V1, PLAIN_V2 = "no speculation, runner V1", "no speculation, runner V2"
+# A draft vocabulary as `train` writes it, for drafts without weights.
+DRAFT_VOCABULARY = 8192
+
+
+@contextmanager
+def engines(
+    target: str, specs: dict[str, dict[str, Any]], options: dict[str, Any], logs: Path
+) -> Iterator[dict[str, Engine]]:
+    """Engines by name: the two without speculation (on a CPU; elsewhere one), and one for each spec."""
+    on_cpu = CPU in os.environ
+    plain: dict[str, dict[str, str | None]] = {PLAIN_V2: {}}
+    if on_cpu:
+        plain = {PLAIN_V1: {CPU: None}, PLAIN_V2: {}}
+    with ExitStack() as stack:
+        made = {}
+        for name, environment in [*plain.items(), *((name, {}) for name in specs)]:
+            arguments = {"model": target} | options
+            if name in specs:
+                arguments["speculative_config"] = specs[name]
+            click.echo(f"starting: {name}", err=True)
+            made[name] = Engine(arguments, environment, logs / f"{len(made)}.log")
+            stack.callback(made[name].close)
+        yield made
+
+
+def measure(
+    made: dict[str, Engine], batches: dict[int, list[list[list[int]]]], max_tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """A row for each engine and batch size: `rounds` runs over all batches of that size, in turn."""
+    rows = []
+    for size, prompts in batches.items():
+        runs: dict[str, list[list[Decoding]]] = {name: [] for name in made}
+        for number in range(1 + rounds):
+            for name, engine in made.items():
+                done = [engine.decode(batch, max_tokens, temperature=0.0) for batch in prompts]
+                # The first round warms caches up.
+                if number:
+                    runs[name].append(done)
+        for name, kept in runs.items():
+            rates = [sum(d.tokens for d in one) / sum(d.seconds for d in one) for one in kept]
+            everything = [d for one in kept for d in one]
+            steps = sum(d.steps for d in everything)
+            rows.append(
+                {
+                    "engine": name,
+                    "batch": size,
+                    "tokens_per_second": statistics.median(rates),
+                    "lowest": min(rates),
+                    "highest": max(rates),
+                    "tokens_per_step": sum(d.tokens for d in everything) / steps / size,
+                    "step_ms": statistics.median(d.step_ms for d in everything),
+                    "runs": [[asdict(d) for d in one] for one in kept],
+                }
+            )
+    best = {
+        size: max(r["tokens_per_second"] for r in rows if r["batch"] == size and is_plain(r))
+        for size in batches
+    }
+    return [row | {"speedup": row["tokens_per_second"] / best[row["batch"]]} for row in rows]
+
+
+def is_plain(row: dict[str, Any]) -> bool:
+    """Whether a row is a baseline without speculation; the better one counts as 1."""
+    return row["engine"] in (PLAIN_V1, PLAIN_V2)
+
+
+def report(rows: list[dict[str, Any]], setting: dict[str, Any], output: Path) -> None:
+    """JSON, a table and a picture, with where they come from."""
+    from vllm_griffin import provenance
+
+    record = {"provenance": provenance.describe(), "setting": setting, "rows": rows}
+    provenance.write(output, record)
+    lines = [
+        "| engine | batch | tokens/s (lowest - highest) | of the best without speculation | tokens a step | "
+        "ms a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['engine']} | {row['batch']} | {row['tokens_per_second']:.1f} ({row['lowest']:.1f} - "
+            f"{row['highest']:.1f}) | {row['speedup']:.2f} | {row['tokens_per_step']:.2f} | "
+            f"{row['step_ms']:.1f} |"
+        )
+    made = record["provenance"]
+    lines += ["", f"`{made['command']}`", "", f"{made['hardware']}, {made['versions']}", ""]
+    output.with_suffix(".md").write_text("\n".join(lines))
+    draw(rows, output.with_suffix(".png"))
+    click.echo("\n".join(lines[: 2 + len(rows)]))
+
+
+def draw(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Speed-up over the best baseline, by batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name in dict.fromkeys(row["engine"] for row in rows):
+        own = [row for row in rows if row["engine"] == name]
+        axes.plot([r["batch"] for r in own], [r["speedup"] for r in own], marker="o", label=name)
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set_xlabel("requests in a batch")
+    axes.set_ylabel("tokens/s over the best without speculation")
+    axes.legend(fontsize=8)
+    figure.savefig(picture, dpi=110)
+
+
+def griffin(draft: Path, tree: str, **fields: Any) -> dict[str, Any]:
+    """A speculative config; tree is `nodes,depth,top_k` or `auto`."""
+    spec = {"method": "griffin", "model": str(draft)} | fields
+    if tree == "auto":
+        return spec | {"num_speculative_tokens_per_batch_size": "auto"}
+    names = ("num_speculative_tokens", "tree_depth", "tree_top_k")
+    return spec | dict(zip(names, map(int, tree.split(",")), strict=True))
+
+
+def sizes(_context: click.Context, _parameter: click.Parameter, text: str) -> list[int]:
+    """Batch sizes from `1,2,4`."""
+    return [int(part) for part in text.split(",")]
+
+
+def common(command: Any) -> Any:
+    """Options of both commands."""
+    for option in (
+        click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path)),
+        click.option("--batches", default="1,2,4", callback=sizes, show_default=True),
+        click.option(
+            "--tree", "trees", multiple=True, help="nodes,depth,top_k or auto; repeatable."
+        ),
+        click.option("--rounds", default=5, show_default=True, help="Runs that count, in turn."),
+        click.option("--max-tokens", default=64, show_default=True),
+        click.option("--dtype", default="auto", show_default=True),
+        click.option(
+            "--eager", is_flag=True, help="Without torch.compile and CUDA graphs, for all."
+        ),
+        click.option(
+            "--logs",
+            default=Path(tempfile.gettempdir()) / "generate",
+            type=click.Path(path_type=Path),
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group()
+def main() -> None:
+    """Decode rates in one run."""
+
+
+@main.command()
+@common
+@click.option("--target", help="Default: SmolLM2-135M-Instruct.")
+@click.option("--draft", default=SHIPPED, type=click.Path(exists=True, path_type=Path))
+@click.option("--prompts", default=8, show_default=True, help="MT-bench first turns.")
+def chat(
+    target: str | None, draft: Path, prompts: int, trees: Sequence[str], **settings: Any
+) -> None:
+    """A real pair on chat prompts, greedy."""
+    from transformers import AutoTokenizer
+
+    from vllm_griffin.pretrained import smollm2_instruct
+
+    target = target or str(smollm2_instruct())
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    lines = (ROOT / "examples/prompts/mt_bench.jsonl").read_text().splitlines()[:prompts]
+    ids = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": json.loads(line)["turns"][0]}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for line in lines
+    ]
+    specs = {f"tree {tree}": griffin(draft, tree) for tree in trees or ("auto",)}
+    batches = {
+        size: [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+        for size in settings["batches"]
+    }
+    _run(target, specs, batches, settings, {"skip_tokenizer_init": False})
+
+
+@main.command()
+@common
+@click.option("--hidden", default=2048, show_default=True)
+@click.option("--intermediate", default=8192, show_default=True)
+@click.option("--layers", default=16, show_default=True)
+@click.option("--heads", default=(32, 8), show_default=True, type=(int, int), help="Queries, keys.")
+@click.option("--vocab", default=128256, show_default=True)
+@click.option("--context", default=128, show_default=True, help="Tokens of a prompt.")
+@click.option("--acceptance", default=3.5, show_default=True, help="Forced acceptance length.")
+def shape(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: tuple[int, int],
+    vocab: int,
+    context: int,
+    acceptance: float,
+    trees: Sequence[str],
+    **settings: Any,
+) -> None:
+    """Weights of random numbers in a Llama's shape (default: Llama-3.2-1B), forced acceptance."""
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": hidden // heads[0],
+        "vocab_size": vocab,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16" if settings["dtype"] == "auto" else settings["dtype"],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        target, draft = Path(folder) / "target", Path(folder) / "draft"
+        one_layer = {"num_hidden_layers": 1, "draft_vocab_size": min(DRAFT_VOCABULARY, vocab)}
+        for path, changes in ((target, {}), (draft, one_layer)):
+            path.mkdir()
+            (path / "config.json").write_text(json.dumps(config | changes))
+        ranked = list(range(one_layer["draft_vocab_size"]))
+        (draft / "vocabulary.json").write_text(json.dumps(ranked))
+        forced = {
+            "rejection_sample_method": "synthetic",
+            "synthetic_acceptance_length": acceptance,
+        }
+        specs = {
+            f"tree {tree}": griffin(draft, tree, **forced) for tree in trees or ("15,4,4", "7,4,3")
+        }
+        prompt = [7 + i % 1000 for i in range(context)]
+        batches = {size: [[[i, *prompt[1:]] for i in range(size)]] for size in settings["batches"]}
+        options = {"load_format": "dummy", "skip_tokenizer_init": True}
+        facts = {"shape": config, "acceptance": acceptance, "context": context}
+        _run(str(target), specs, batches, settings, options, facts)
+
+
+def _run(
+    target: str,
+    specs: dict[str, dict[str, Any]],
+    batches: dict[int, list[list[list[int]]]],
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    facts: dict[str, Any] | None = None,
+) -> None:
+    longest = max(len(prompt) for groups in batches.values() for g in groups for prompt in g)
+    arguments = {
+        "dtype": settings["dtype"],
+        "enforce_eager": settings["eager"],
+        "max_model_len": longest + settings["max_tokens"] + 64,
+        "max_num_seqs": max(batches),
+        "enable_prefix_caching": False,
+    }
+    with engines(target, specs, arguments | options, settings["logs"]) as made:
+        rows = measure(made, batches, settings["max_tokens"], settings["rounds"])
+    kept = {k: v for k, v in settings.items() if k not in ("output", "logs")}
+    report(rows, kept | (facts or {}), settings["output"])
+
+
+if __name__ == "__main__":
+    main()
