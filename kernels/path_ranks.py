@@ -70,9 +70,9 @@ def _path_ranks_kernel(
     request = tl.program_id(0)
     slot = tl.load(idx_mapping_ptr + request).to(tl.int64)
     num_rows = tl.load(cu_num_logits_ptr + request + 1) - tl.load(cu_num_logits_ptr + request)
-    has_tree = tl.load(num_nodes_ptr + slot) > 0
+    num_rows = tl.where(tl.load(num_nodes_ptr + slot) > 0, num_rows, 0)
     row = 1 + tl.arange(0, BLOCK)
-    verified = (row < num_rows) & has_tree
+    verified = row < num_rows
     depth = tl.load(depths_ptr + slot * depths_stride + row, mask=verified, other=0)
     parent = tl.load(parents_ptr + slot * parents_stride + row, mask=verified, other=-1)
 
