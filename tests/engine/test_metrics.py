@@ -245,6 +245,7 @@ def test_dashboard_and_document_name_metrics_that_exist(griffin: Run) -> None:
     assert {metric.name for metric in METRICS} <= named
 
 
+@pytest.mark.parametrize("griffin", ["sync"], indirect=True)
 def test_a_plain_engine_has_none_of_ours(griffin: Run) -> None:
     """In the process that ran griffin, with its patches in place."""
     request = Request("plain", PROMPT[:20], SamplingParams(max_tokens=4, detokenize=False))
