@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
+from unittest import mock
 
 import pytest
 from vllm import LLM, SamplingParams
 from vllm.config.logging import LoggingConfig
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.engine.llm_engine import LLMEngine
 
 from tests.engine.harness import ROOT, Outcome, Request, engine, run
 from vllm_griffin.metrics.logger import METRICS
@@ -114,7 +116,12 @@ def griffin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     trace = tmp_path_factory.mktemp("trace") / "trace.jsonl"
     arguments = arguments | KEEP_LOGGING | {"max_model_len": 64, "skip_tokenizer_init": False}
     arguments |= {"per_request_spec_decode_metrics": "detailed", "trace": trace}
-    with vllm_log() as log, engine("tiny", SPEC | fields, **arguments) as llm:
+    with (
+        vllm_log() as log,
+        # On a slow machine the interval's own lines would come in between.
+        mock.patch.object(LLMEngine, "do_log_stats_with_interval"),
+        engine("tiny", SPEC | fields, **arguments) as llm,
+    ):
         outcome = run(llm, requests)
         llm.llm_engine.do_log_stats()
         metrics = read_metrics(llm)
