@@ -77,7 +77,7 @@ def _wait_until_healthy(port: int, server: subprocess.Popen, log: Path) -> None:
 
 
 def test_server_example(tmp_path: Path) -> None:
-    """``vllm serve`` in its own processes, the example's client, and vLLM's counters."""
+    """``vllm serve`` in its own processes, the example's client, and the counters."""
     port, log = _free_port(), tmp_path / "server.log"
     spec = {
         "method": "griffin",
@@ -105,10 +105,9 @@ def test_server_example(tmp_path: Path) -> None:
         assert done.stdout.strip()
         with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
             metrics = page.read().decode()
-        lines = [
-            x for x in metrics.splitlines() if x.startswith("vllm:spec_decode_num_drafts_total")
-        ]
-        assert lines and float(lines[0].split()[-1]) > 0
+        for name in ("vllm:spec_decode_num_drafts_total", "vllm:griffin_num_trees_total"):
+            lines = [x for x in metrics.splitlines() if x.startswith(name)]
+            assert lines and float(lines[0].split()[-1]) > 0, name
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGINT)

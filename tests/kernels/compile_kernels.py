@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from vllm_griffin.kernels.kv_compaction import PagedCaches, compact_kv_triton
+from vllm_griffin.kernels.path_ranks import path_ranks_triton
 from vllm_griffin.kernels.token_fusion import fusion_norms_triton
 from vllm_griffin.kernels.tree_attention import TreeContext, tree_attention_triton
 from vllm_griffin.kernels.tree_growth import advance_frontier_triton, order_tree_triton
@@ -72,6 +73,7 @@ def main(capability: int) -> None:
     sampled, invalid = zeros(70, dtype=LONG), zeros(70, dtype=torch.bool)
     for mask in (None, invalid):
         walk_tree_triton(sampled, zeros(3), zeros(2, dtype=LONG), *trees, *slots, mask, 7)
+    path_ranks_triton(zeros(2, 7), zeros(3), zeros(2, dtype=LONG), trees[1], trees[1], slots[0])
     cache = zeros(5, 2, 16, 64, dtype=torch.bfloat16)
     caches = PagedCaches([cache.mT.contiguous().mT], [cache])
     compact_kv_triton(caches, sampled, zeros(2), zeros(2, 7), zeros(2))

@@ -28,9 +28,9 @@ def install() -> None:
 
 def install_worker_patches() -> None:
     """Prepares this process to run a griffin engine; called where the engine's config arrives."""
-    from vllm_griffin.compat.patches import WORKER_PATCHES
+    from vllm_griffin.compat.patches import METRICS_PATCHES, WORKER_PATCHES
 
-    for patch in WORKER_PATCHES:
+    for patch in WORKER_PATCHES + METRICS_PATCHES:
         patch.apply()
 
 

@@ -7,6 +7,7 @@ process runs vLLM's own code.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm_griffin.compat import metrics
 from vllm_griffin.compat.patch import Patch
 
 if TYPE_CHECKING:
@@ -164,5 +165,85 @@ WORKER_PATCHES = (
         replacement=_engine_core_init,
         reason="tree sizes are chosen by timed steps, which need workers and scheduler, before requests come",
         until="vLLM calls a speculative method when an engine is ready",
+    ),
+)
+
+METRICS_PATCHES = (
+    Patch(
+        module="vllm.v1.worker.gpu.async_utils",
+        name="AsyncOutput.get_output",
+        parameters=("self",),
+        replacement=metrics.get_output,
+        reason="what a step saw of its trees rides behind the sampled tokens, on their copy to the host",
+        until="a speculator can add tensors of its own to the step's copy to the host",
+    ),
+    Patch(
+        module="vllm.v1.core.sched.scheduler",
+        name="Scheduler.update_from_output",
+        parameters=("self", "scheduler_output", "model_runner_output"),
+        replacement=metrics.update_from_output,
+        reason="the scheduler's count of a draft is not given the step's output",
+        until="make_spec_decoding_stats is given the step's output",
+    ),
+    Patch(
+        module="vllm.v1.core.sched.scheduler",
+        name="Scheduler.make_spec_decoding_stats",
+        parameters=(
+            "self",
+            "spec_decoding_stats",
+            "num_draft_tokens",
+            "num_accepted_tokens",
+            "num_invalid_spec_tokens",
+            "request_id",
+        ),
+        replacement=metrics.make_spec_decoding_stats,
+        reason="SpecDecodingStats knows chains only: a position for each drafted token, no siblings",
+        until="a speculative method can bring statistics of its own",
+    ),
+    Patch(
+        module="vllm.v1.engine.core_client",
+        name="MPClient.__init__",
+        parameters=(
+            "self",
+            "asyncio_mode",
+            "vllm_config",
+            "executor_class",
+            "log_stats",
+            "client_addresses",
+            "renderer",
+        ),
+        replacement=metrics.init_client,
+        reason="the front end decodes by declared types and drops what SpecDecodingStats has not",
+        until="SchedulerStats carries statistics of a plugin",
+    ),
+    Patch(
+        module="vllm.v1.spec_decode.metrics",
+        name="SpecDecodingProm.__init__",
+        parameters=(
+            "self",
+            "speculative_config",
+            "labelnames",
+            "per_engine_labelvalues",
+            "is_diffusion",
+        ),
+        replacement=metrics.init_prometheus,
+        reason="a position per drafted token would be a zero for each node beyond the tree's depth",
+        until="vLLM asks the speculative method how many tokens a step can accept",
+    ),
+    Patch(
+        module="vllm.v1.metrics.loggers",
+        name="StatLoggerManager.__init__",
+        parameters=(
+            "self",
+            "vllm_config",
+            "engine_idxs",
+            "custom_stat_loggers",
+            "enable_default_loggers",
+            "aggregate_engine_logging",
+            "client_count",
+        ),
+        replacement=metrics.init_loggers,
+        reason="LLM loads no stat logger plugins, and vLLM unregisters what they register",
+        until="LLM loads them too, after vLLM's own loggers",
     ),
 )

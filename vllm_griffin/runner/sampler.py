@@ -15,10 +15,11 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
-from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
+from vllm_griffin.kernels.path_ranks import path_ranks
 from vllm_griffin.kernels.verify import Walk, walk_tree
+from vllm_griffin.runner.output import TreeSamplerOutput, widen
 from vllm_griffin.runner.synthetic import SyntheticVerifier
 from vllm_griffin.tree import DraftTrees
 
@@ -57,7 +58,7 @@ class TreeVerifier:
         input_batch: InputBatch,
         draft_logits: torch.Tensor | None = None,
         invalid_drafts: torch.Tensor | None = None,
-    ) -> SamplerOutput:
+    ) -> TreeSamplerOutput:
         """Verifies the batch; ``logits`` [L, V], ``invalid_drafts`` [L] bool or None."""
         assert draft_logits is None, "griffin drafts its trees without sampling"
         num_nans = get_num_nans(logits) if self.sampler.compute_nans else None
@@ -77,8 +78,16 @@ class TreeVerifier:
             input_batch.idx_mapping,
             self.sampler.req_states.prefill_len.gpu,
         )
-        return SamplerOutput(
-            sampled_token_ids=self.walk.tokens,
+        ranks = path_ranks(
+            self.walk.path,
+            input_batch.cu_num_logits,
+            input_batch.idx_mapping,
+            self.trees.parents,
+            self.trees.depths,
+            self.trees.num_nodes,
+        )
+        return TreeSamplerOutput(
+            sampled_token_ids=widen(self.walk.tokens, ranks),
             logprobs_tensors=self._join_logprobs([logprobs for _, logprobs in chunks], input_batch),
             num_nans=num_nans,
             num_sampled=num_sampled,
