@@ -38,10 +38,10 @@ class TreeSpeculator(DraftModelSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         spec = griffin_config(vllm_config)
-        assert spec is not None and spec.tree_top_k is not None
+        assert spec is not None
         self.num_nodes = spec.num_speculative_tokens
         self.levels = spec.tree_levels
-        self.top_k = spec.tree_top_k
+        self.top_k = spec.tree_width
         self.max_path = 1 + self.levels
         self.trees = DraftTrees(self.max_num_reqs, self.num_nodes, device)
         self.verifier = VerifierSlot(self.trees, self.max_path)
