@@ -111,6 +111,12 @@ def test_every_field_of_vllm_is_honoured_or_refused() -> None:
     assert fields == honoured | set_by_vllm | set(REFUSED_FIELDS)
 
 
+def test_an_absurd_shape_costs_no_more_than_its_nodes() -> None:
+    shape = {"tree_depth": 10**9, "tree_top_k": 500, "num_speculative_tokens": 5}
+    spec = griffin_config(make(shape))
+    assert spec.tree_levels == spec.tree_width == 5
+
+
 def test_a_short_draft_context_is_raised_to_the_targets(tmp_path: Path) -> None:
     spec = griffin_config(make({"model": draft_with(tmp_path, max_position_embeddings=128)}))
     assert spec.draft_model_config.hf_config.max_position_embeddings == 512

@@ -52,11 +52,11 @@ def _not_a_number(folder: Path) -> Path:
     return folder
 
 
-def _start(log: Path, draft: Path, spec: dict, *flags: str) -> subprocess.Popen:
+def _start(log: Path, draft: Path, spec: dict) -> subprocess.Popen:
     spec = {"method": "griffin", "model": str(draft), "num_speculative_tokens": 4} | spec
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(TARGET)]
     command += ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--port", "0"]
-    command += ["--max-num-seqs", "2", "--speculative-config", json.dumps(spec), *flags]
+    command += ["--max-num-seqs", "2", "--speculative-config", json.dumps(spec)]
     # As a user has it: the engine in a process of its own.
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("wb") as output:
@@ -93,7 +93,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ende
     tmp = tmp_path_factory.mktemp("servers")
     starts = {
         "config": (DRAFT, {"tree_topk": 4}),
-        "feature": (DRAFT, {}, "--enable-prompt-embeds"),
         "checkpoint": (_damaged(tmp / "damaged"), {}),
         "weights": (_not_a_number(tmp / "nan"), {}),
     }
@@ -115,10 +114,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ende
             "config",
             "speculative_config['tree_topk'] is not a field of method 'griffin': did you mean "
             "'tree_top_k'?",
-        ),
-        (
-            "feature",
-            "method 'griffin' does not support prompt embeddings: leave enable_prompt_embeds off",
         ),
         ("checkpoint", "damaged/model.safetensors: not a readable safetensors file, damaged or"),
     ],

@@ -108,6 +108,15 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
         {"thinking_token_budget": 3},
         "thinking_token_budget is set but reasoning_config is not configured. ...",
     ),
+    "a trace to repeat": (
+        {"trace_decode_token_ids": [5]},
+        "trace_decode_token_ids is not supported with speculative decoding.",
+    ),
+    "stream of nothing": ({"stream_interval": 0}, "stream_interval must be at least 1, got 0. ..."),
+    "extra number too long": (
+        {"extra_args": {"a": 2**80}},
+        "extra_args integers must be between -2**63 and 2**64 - 1. ...",
+    ),
     "no constraint": (
         grammar(),
         "You must use one kind of structured outputs constraint but none are specified: ...",
@@ -130,7 +139,11 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
 }
 PROMPTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "empty": ([], {}, "The decoder prompt cannot be empty"),
-    "too long": ([5] * 200, {}, "The decoder prompt (length 200) is longer than the maximum ..."),
+    "too long": (
+        [5] * 200,
+        {},
+        "This model's maximum context length is 128 tokens. However, your prompt contains 200 ...",
+    ),
     "as long as the context": ([5] * CONTEXT, {}, "The decoder prompt (length 128) ..."),
     "of no token": ([5, 99999], {}, "Token id 99999 is out of vocabulary"),
     "of a token below 0": ([5, -1], {}, "Token id -1 is out of vocabulary"),
@@ -144,11 +157,6 @@ PROMPTS: dict[str, tuple[Any, dict[str, Any], str]] = {
         [5],
         {"params": None},
         "params must be either SamplingParams or PoolingParams, but got NoneType",
-    ),
-    "on no replica": (
-        [5],
-        {"data_parallel_rank": 3},
-        "data_parallel_rank 3 is out of range [0, 1).",
     ),
 }
 
@@ -204,7 +212,7 @@ def served() -> dict[str, Any]:
                 try:
                     send()
                     errors[name] = None
-                except (ValueError, TypeError) as error:
+                except Exception as error:
                     errors[name] = error
             del wrong[:5]
             for output in core.step():
