@@ -1,4 +1,4 @@
-"""The speculative config: defaults, the largest tree, and every refusal by name."""
+"""The speculative config: defaults, the largest tree, and that every field of vLLM's is known."""
 
 import dataclasses
 import json
@@ -18,11 +18,12 @@ from vllm_griffin.config import (
 )
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "a"
+DRAFT = GOLDEN / "draft"
 
 
 def make(spec: dict[str, Any] | None = None, **kwargs: Any) -> Any:
     """The engine's config for the golden pair, as ``LLM`` and ``vllm serve`` make it."""
-    spec = {"method": "griffin", "model": str(GOLDEN / "draft")} | (spec or {})
+    spec = {"method": "griffin", "model": str(DRAFT)} | (spec or {})
     arguments = {
         "model": str(GOLDEN / "target"),
         "dtype": "float32",
@@ -36,7 +37,7 @@ def make(spec: dict[str, Any] | None = None, **kwargs: Any) -> Any:
 def draft_with(tmp_path: Path, **config: Any) -> str:
     """A copy of the golden draft with other entries in its config.json."""
     folder = tmp_path / "draft"
-    shutil.copytree(GOLDEN / "draft", folder)
+    shutil.copytree(DRAFT, folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return str(folder)
@@ -75,8 +76,6 @@ def test_spec_flags_are_honoured() -> None:
         make({"tree_depth": 3}, spec_tokens=7),
     )
     assert (spec.num_speculative_tokens, spec.tree_depth) == (7, 3)
-    with pytest.raises(ValueError, match=r"--spec-tokens .* mutually exclusive"):
-        make({"num_speculative_tokens": 3}, spec_tokens=7)
 
 
 @pytest.mark.parametrize(
@@ -90,35 +89,6 @@ def test_the_largest_tree(depth: int, top_k: int, most: int) -> None:
     assert spec.tree_levels == min(depth, most)
     with pytest.raises(ValueError, match=rf"={most + 1} is above the {most} nodes"):
         make(shape | {"num_speculative_tokens": most + 1}, **budget)
-
-
-OTHER_VALUES: dict[str, Any] = {
-    "enforce_eager": True,
-    "tensor_parallel_size": 1,
-    "quantization": "fp8",
-    "moe_backend": "triton",
-    "attention_backend": "FLASH_ATTN",
-    "kv_cache_dtype": "fp8",
-    "max_model_len": 64,
-    "code_revision": "main",
-    "index_share_for_mtp_iteration": True,
-    "prompt_lookup_max": 3,
-    "prompt_lookup_min": 3,
-    "suffix_decoding_max_tree_depth": 3,
-    "suffix_decoding_max_cached_requests": 3,
-    "suffix_decoding_max_spec_factor": 3.0,
-    "suffix_decoding_min_token_prob": 0.5,
-    "draft_load_config": {"load_format": "dummy"},
-    "draft_sample_method": "probabilistic",
-    "dspark_draft_topk": 3,
-}
-
-
-@pytest.mark.parametrize("name", REFUSED_FIELDS)
-def test_fields_that_are_refused_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"speculative_config\['{name}'\].*griffin") as caught:
-        make({name: OTHER_VALUES.get(name, True)})
-    assert REFUSED_FIELDS[name] in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -165,56 +135,10 @@ def test_every_field_of_vllm_is_honoured_or_refused() -> None:
     assert fields == honoured | set_by_vllm | set(REFUSED_FIELDS)
 
 
-ENGINE_FEATURES = [
-    ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-    ({"tensor_parallel_size": 2}, "tensor parallelism"),
-    ({"data_parallel_size": 2}, "data parallelism"),
-    ({"enable_lora": True, "max_num_batched_tokens": 65536}, "LoRA"),
-    ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
-    ({"enable_prompt_embeds": True}, "prompt embeddings"),
-    ({"max_num_batched_tokens": 40}, "max_num_batched_tokens"),
-    ({"hf_overrides": {"sliding_window": 64, "use_sliding_window": True}}, "sliding-window"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), ENGINE_FEATURES, ids=lambda v: str(v)[:40])
-def test_engine_features_that_are_refused_by_name(arguments: dict, message: str) -> None:
-    with pytest.raises((ValueError, NotImplementedError), match=message):
-        make(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"tree_depth": 0}, "tree_depth"),
-        ({"tree_top_k": -1}, "tree_top_k"),
-        ({"num_speculative_tokens": 0}, "num_speculative_tokens"),
-        ({"tree_width": 3}, "tree_width"),
-        ({"tree_depth": "deep"}, "tree_depth"),
-        ({"model": None}, "needs 'model'"),
-        ({"model": "/nowhere/draft"}, "/nowhere/draft"),
-        ({"tree_top_k": 600, "num_speculative_tokens": 5}, "vocabulary of 512"),
-        ({"draft_tensor_parallel_size": 3}, "draft_tensor_parallel_size"),
-    ],
-)
-def test_bad_values(spec: dict, message: str) -> None:
-    with pytest.raises(Exception, match=message):
-        make(spec)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"hidden_size": 128}, "hidden"),
-        ({"vocab_size": 511}, "vocab"),
-        ({"num_hidden_layers": 2}, "num_hidden_layers"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"tree": {"tree_depth": 0}}, "tree_depth"),
-    ],
-)
-def test_a_draft_that_does_not_fit(config: dict, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        make({"model": draft_with(tmp_path, **config)})
+def test_an_absurd_shape_costs_no_more_than_its_nodes() -> None:
+    shape = {"tree_depth": 10**9, "tree_top_k": 500, "num_speculative_tokens": 5}
+    spec = griffin_config(make(shape))
+    assert spec.tree_levels == spec.tree_width == 5
 
 
 def test_a_short_draft_context_is_raised_to_the_targets(tmp_path: Path) -> None:
@@ -225,19 +149,3 @@ def test_a_short_draft_context_is_raised_to_the_targets(tmp_path: Path) -> None:
 def test_a_config_built_for_another_method_is_refused() -> None:
     with pytest.raises(ValueError, match="for method 'griffin' only"):
         GriffinSpeculativeConfig(method="eagle", model="x")
-
-
-@pytest.mark.parametrize(
-    ("schedule", "message"),
-    [
-        ([[1, 4, 60]], "per_batch_size asks for 60 nodes, num_speculative_tokens=59 is the most"),
-        ([[2, 4, 6]], "first batch-size range must start at 1"),
-        ([[1, 4, 6], [3, 8, 2]], "non-overlapping"),
-        ([[1, 4, -1]], "must be >= 0"),
-        ([[1, 4]], "per_batch_size.0.2\n  Field required"),
-        ([], "must not be empty"),
-    ],
-)
-def test_wrong_sizes_by_batch_are_named(schedule: list, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make({"num_speculative_tokens_per_batch_size": schedule})

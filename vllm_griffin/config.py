@@ -6,15 +6,19 @@ which is an EAGLE-type method to all of them needs no further patch.
 """
 
 import dataclasses
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from vllm_griffin.compat import install_worker_patches
+from vllm_griffin.config_errors import SCHEDULE, first_line, sentence, unknown_field
+from vllm_griffin.environment import check_environment
 from vllm_griffin.model.checkpoint import DraftCheckpoint
 from vllm_griffin.model.config import PAPER_TREE, max_tree_nodes, tree_acceptance
 from vllm_griffin.tree_shape import TreeShape
@@ -22,7 +26,10 @@ from vllm_griffin.tree_shape import TreeShape
 logger = init_logger(__name__)
 
 METHOD = "griffin"
-SizesByBatch: TypeAlias = list[tuple[int, int, int]] | Literal["auto"]
+# Strict: `true` is no 1 and "12" is no 12.
+Whole = Annotated[int, Field(strict=True)]
+Count = Annotated[int, Field(gt=0, strict=True)]
+SizesByBatch: TypeAlias = list[tuple[Whole, Whole, Whole]] | Literal["auto"]
 
 # Fields of vLLM's SpeculativeConfig that griffin does not honour: what to do instead.
 REFUSED_FIELDS: dict[str, str] = {
@@ -50,6 +57,13 @@ REFUSED_FIELDS: dict[str, str] = {
     "draft_sample_method": "leave it at 'greedy'; the tree holds the draft's best nodes",
     "dspark_draft_topk": "use tree_top_k; it belongs to method 'dspark'",
 }
+# Fields that the engine sets, not its user.
+SET_BY_VLLM = (
+    "target_model_config",
+    "target_parallel_config",
+    "draft_model_config",
+    "draft_parallel_config",
+)
 
 
 @config
@@ -62,39 +76,35 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
     """
 
     method: str | None = METHOD  # type: ignore[assignment]
-    tree_depth: int | None = Field(default=None, gt=0)
+    num_speculative_tokens: Count = None  # type: ignore[assignment]
+    """Drafted nodes verified per step (N), the root not counted."""
+    num_speculative_tokens_per_batch_size: SizesByBatch | None = None  # type: ignore[assignment]
+    """Smaller trees for larger batches: (first batch size, last, nodes). Or "auto": the tree that pays most
+    on this machine, by steps timed at start-up, none where none pays; this is the default of a draft with
+    `tree_acceptance` if no other field names a tree."""
+    draft_tensor_parallel_size: Count | None = None
+    """The target's, or left out."""
+    tree_depth: Count | None = None
     """Levels of drafted tokens (D). Default: the draft's config, else 6."""
-    tree_top_k: int | None = Field(default=None, gt=0)
+    tree_top_k: Count | None = None
     """Frontier width and children per node (K); 1 is a chain. Default: the draft's config, else 10."""
-    draft_vocab_size: int | None = Field(default=None, gt=0)
+    draft_vocab_size: Count | None = None
     """Draft from so many tokens only, the most frequent of the draft's training data, as its
     ``vocabulary.json`` ranks them. Default: the draft's config, else the whole vocabulary."""
 
     tree_acceptance: dict[str, float] | None = None
     """Acceptance length of this draft by tree, ``{"nodes,depth,top_k": length}``: what "auto" chooses from.
     Default: the draft's config, where ``vllm-griffin eval --write-trees`` puts it."""
-    num_speculative_tokens_per_batch_size: SizesByBatch | None = None  # type: ignore[assignment]
-    """As in vLLM; or "auto": the tree that pays most on this machine, by steps timed at start-up, none where
-    none pays. The default of a draft with `tree_acceptance` if no other field names a tree."""
 
     def __post_init__(self) -> None:
         """Resolves the tree and the draft's model config, or refuses by name."""
         self._refuse_fields()
-        if not self.model:
-            raise ValueError(
-                "speculative_config needs 'model' for method 'griffin': "
-                "the draft's folder or hub id"
-            )
-        checkpoint = DraftCheckpoint.open(self.model, revision=self.revision)
+        checkpoint = self._open_draft()
         self.trees = self._resolve_trees(checkpoint)
         self._check_sizes()
         self._resolve_rejection()
         target = self.target_model_config
         checkpoint.check_target(target.get_hidden_size(), target.get_vocab_size())
-        if checkpoint.has_weights:
-            # A damaged checkpoint ends the start here, not in a worker. Without weights only
-            # load_format='dummy' can go on, which the worker checks.
-            checkpoint.validate()
         self._resolve_vocabulary(checkpoint)
         self.method = "eagle"
         install_worker_patches()
@@ -115,10 +125,20 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
             default = getattr(field.default, "default", field.default)
             value = getattr(self, field.name)
             if value != default:
-                raise ValueError(
-                    f"speculative_config['{field.name}']={value!r} is not supported with method "
-                    f"'griffin': {REFUSED_FIELDS[field.name]}"
-                )
+                raise ValueError(_refusal(field.name, value))
+
+    def _open_draft(self) -> DraftCheckpoint:
+        if not self.model:
+            raise ValueError(
+                "speculative_config needs 'model' for method 'griffin': "
+                "the draft's folder or hub id"
+            )
+        if self.revision is not None and Path(self.model).expanduser().is_dir():
+            raise ValueError(
+                f"speculative_config['revision']={self.revision!r} is of a hub id, and 'model' is a "
+                f"folder: leave it out"
+            )
+        return DraftCheckpoint.open(self.model, revision=self.revision)
 
     def _resolve_trees(self, checkpoint: DraftCheckpoint) -> list[TreeShape]:
         """Sets N, D and K. Returns the trees that may be drafted."""
@@ -188,9 +208,12 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         """The schedule of tree sizes by batch size, in vLLM's own form."""
         if self.num_speculative_tokens_per_batch_size is None:
             return
-        schedule = validate_and_normalize_dynamic_sd_schedule(
-            self.num_speculative_tokens_per_batch_size
-        )
+        try:
+            schedule = validate_and_normalize_dynamic_sd_schedule(
+                self.num_speculative_tokens_per_batch_size
+            )
+        except ValueError as error:
+            raise ValueError(f"speculative_config[{SCHEDULE!r}]: {error}") from error
         most = max(nodes for _, _, nodes in schedule)
         if most > self.num_speculative_tokens:
             raise ValueError(
@@ -245,19 +268,31 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
 
     def _make_draft_model_config(self, folder: str) -> ModelConfig:
         target = self.target_model_config
-        draft = ModelConfig(
-            model=folder,
-            runner="draft",
-            tokenizer=target.tokenizer,
-            tokenizer_mode=target.tokenizer_mode,
-            tokenizer_revision=target.tokenizer_revision,
-            dtype=target.dtype,
-            seed=target.seed,
-            enforce_eager=target.enforce_eager,
-            max_logprobs=target.max_logprobs,
-            spec_target_max_model_len=target.max_model_len,
-            hf_overrides=_name_draft_architecture,
-        )
+        try:
+            draft = ModelConfig(
+                model=folder,
+                runner="draft",
+                tokenizer=target.tokenizer,
+                tokenizer_mode=target.tokenizer_mode,
+                tokenizer_revision=target.tokenizer_revision,
+                dtype=target.dtype,
+                seed=target.seed,
+                enforce_eager=target.enforce_eager,
+                max_logprobs=target.max_logprobs,
+                spec_target_max_model_len=target.max_model_len,
+                hf_overrides=_name_draft_architecture,
+            )
+        # transformers reads the file too, and raises errors of any type.
+        except Exception as error:
+            raise ValueError(
+                f"{folder}/config.json: vLLM cannot read it as a model's config, correct it or take "
+                f"a draft that `vllm-griffin convert` wrote ({first_line(error)})"
+            ) from error
+        if draft.quantization is not None:
+            raise ValueError(
+                f"{folder}: griffin does not support a quantised draft "
+                f"(quantization={draft.quantization!r}): use its unquantised weights"
+            )
         # A draft serves the target's positions, whatever context its checkpoint names (vllm#48894).
         SpeculativeConfig._maybe_override_draft_max_position_embeddings(
             draft.hf_config, target.max_model_len
@@ -282,6 +317,11 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         """Levels that can hold a selected node: a tree of N nodes is at most N deep."""
         return max(shape.levels for shape in self.trees)
 
+    @property
+    def tree_width(self) -> int:
+        """Nodes of a level, and children of a node, that can be selected: N at the most."""
+        return max(shape.width for shape in self.trees)
+
     def __repr__(self) -> str:
         """Shows what the user asked for, in the engine's start-up line."""
         return (
@@ -301,6 +341,34 @@ def _name_draft_architecture(hf_config: Any) -> Any:
     return hf_config
 
 
+def make_config(asked: Mapping[str, Any], **engine: Any) -> GriffinSpeculativeConfig:
+    """The config that a user asked for.
+
+    Args:
+        asked: fields of `speculative_config`, as the user wrote them.
+        engine: `target_model_config` and `target_parallel_config`.
+
+    Raises:
+        ValueError: one sentence that names the field or the file, and says what to do.
+    """
+    fields = {f.name for f in dataclasses.fields(GriffinSpeculativeConfig)} - {*SET_BY_VLLM}
+    for name in asked:
+        if name not in fields:
+            raise ValueError(unknown_field(name, sorted(fields - REFUSED_FIELDS.keys())))
+    try:
+        return GriffinSpeculativeConfig(**asked, **engine)
+    except ValidationError as error:
+        name, value, text = sentence(error)
+        raise ValueError(_refusal(name, value) if name in REFUSED_FIELDS else text) from None
+
+
+def _refusal(field: str, value: Any) -> str:
+    return (
+        f"speculative_config['{field}']={value!r} is not supported with method 'griffin': "
+        f"{REFUSED_FIELDS[field]}"
+    )
+
+
 def griffin_config(vllm_config: VllmConfig | None) -> GriffinSpeculativeConfig | None:
     """The griffin part of an engine's config, or None if it did not ask for griffin."""
     if vllm_config is None:
@@ -310,14 +378,22 @@ def griffin_config(vllm_config: VllmConfig | None) -> GriffinSpeculativeConfig |
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
-    """Refuses engine features that griffin does not support yet.
+    """Refuses engine features that griffin does not support yet, and a draft that cannot be loaded.
 
     Raises:
-        ValueError: names the feature and what to do.
+        ValueError: names the feature or the file, and what to do.
     """
     for feature, present, advice in _engine_features(vllm_config):
         if present:
             raise ValueError(f"method 'griffin' does not support {feature}: {advice}")
+    check_environment()
+    spec = griffin_config(vllm_config)
+    assert spec is not None
+    checkpoint = DraftCheckpoint.open(spec.draft_model_config.model)
+    checkpoint.config.check_context(vllm_config.model_config.max_model_len)
+    if vllm_config.load_config.load_format != "dummy":
+        # A damaged checkpoint ends the start here, not in a worker.
+        checkpoint.validate()
 
 
 def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:

@@ -121,6 +121,19 @@ class TraceWriter:
         self._file.close()
 
 
+def open_trace(path: str) -> TraceWriter:
+    """The writer of the file that ``VLLM_GRIFFIN_TRACE`` names.
+
+    Raises:
+        ValueError: it cannot be written.
+
+    """
+    try:
+        return TraceWriter(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"VLLM_GRIFFIN_TRACE={path} cannot be written: {error}") from error
+
+
 def read_trace(path: str | Path) -> list[TraceRecord]:
     """Reads a trace file.
 

@@ -36,6 +36,11 @@ class TreeShape:
         """Levels that can hold a verified node."""
         return min(self.depth, self.nodes)
 
+    @property
+    def width(self) -> int:
+        """Nodes of a level, and children of a node, that can be verified; more change nothing."""
+        return min(self.top_k, self.nodes)
+
     def __str__(self) -> str:
         if self.top_k == 1 and self.nodes == self.depth:
             return f"chain:{self.nodes}"

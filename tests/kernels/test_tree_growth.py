@@ -17,6 +17,7 @@ from vllm_griffin.kernels.tree_growth import (
     order_tree_reference,
     order_tree_triton,
 )
+from vllm_griffin.tree import TreeGrower, top_children
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Ties, impossible children, broken log-probabilities, and values a softmax cannot give.
@@ -234,3 +235,22 @@ def test_properties_of_the_order(seed, width, depth, ties, data):
                 ancestors.add(at)
             assert set(bits[row].nonzero().flatten().tolist()) == ancestors
             assert int(tree.depths[b, row]) == len(ancestors) - 1
+
+
+@pytest.mark.parametrize("nodes", [1, 3, 4])
+def test_no_tree_is_better_for_a_width_above_its_nodes(nodes):
+    """Which is why the engine draws no wider ones, whatever `tree_top_k` says."""
+    generator = torch.Generator().manual_seed(nodes)
+    # [depth, token of the parent, token]
+    logits = torch.randn(3, 40, 40, generator=generator) * 3
+
+    def grow(width: int) -> OrderedTree:
+        grower = TreeGrower(3, width, torch.device("cpu"))
+        frontier = grower.begin(*top_children(logits[0, :1], width))
+        for level in logits[1:]:
+            logprobs, tokens = top_children(level[frontier.tokens[0]], width)
+            shape = (1, width, width)
+            frontier = grower.advance(frontier, logprobs.view(shape), tokens.view(shape))
+        return grower.finish(nodes)
+
+    same(grow(10), grow(nodes))

@@ -97,16 +97,6 @@ def test_embedding_is_shared_only_if_equal(load, tmp_path, change):
     assert draft.embed_tokens is (other if change is None else own)
 
 
-def test_quantised_draft_is_refused(process_group, tmp_path):
-    from vllm_griffin.model.draft import GriffinDraftModel
-
-    folder = write_draft(tmp_path, CONFIG, random_weights(CONFIG, DraftLayout()))
-    config = engine_config(GOLDEN / "a" / "target", folder)
-    config.speculative_config.draft_model_config.quantization = "fp8"
-    with pytest.raises(ValueError, match=r"config\.json: .*quantised draft.*fp8"):
-        GriffinDraftModel(vllm_config=config)
-
-
 def test_another_targets_draft_is_refused_before_anything_is_built(targets):
     from vllm_griffin.model.checkpoint import CheckpointError
     from vllm_griffin.model.draft import load_draft_model

@@ -1,4 +1,4 @@
-"""The reduced vocabulary: which tokens, which rows of the head, and what is refused."""
+"""The reduced vocabulary: which tokens, and which rows of the head."""
 
 import json
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.model.conftest import GOLDEN, engine_config
 from tests.model.draft_files import CONFIG, random_weights, write_draft
-from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint
+from vllm_griffin.model.checkpoint import DraftCheckpoint
 from vllm_griffin.model.layout import DraftLayout
 
 RANKING = [7, 400, 3, 511, 0, 90]
@@ -33,42 +33,6 @@ def test_the_most_frequent_of_the_ranking(folder):
     assert draft.vocabulary(2) == [7, 400]
     assert draft.vocabulary(512) is None
     assert DraftCheckpoint.open(folder()).vocabulary() is None
-
-
-@pytest.mark.parametrize(
-    ("ranking", "size", "message"),
-    [
-        (RANKING, 7, r"vocabulary\.json: ranks 6 tokens, draft_vocab_size=7 needs more"),
-        (RANKING, 513, "draft_vocab_size=513 is above the vocabulary of 512 tokens"),
-        ([1, 512], 2, r"vocabulary\.json: expected a list of token ids below 512"),
-        ([1, -1], 2, "expected a list of token ids below 512"),
-        ([1, True], 2, "expected a list of token ids below 512"),
-        ({"1": 2}, 1, "expected a list of token ids below 512"),
-        ([1, 4, 1], 2, r"vocabulary\.json: names a token twice"),
-        ("[1, 2", 2, r"vocabulary\.json: not readable as JSON"),
-    ],
-)
-def test_what_is_wrong_is_named(folder, ranking, size, message):
-    with pytest.raises(CheckpointError, match=message):
-        DraftCheckpoint.open(folder(ranking)).vocabulary(size)
-
-
-def test_a_missing_ranking_is_named(folder):
-    made = folder(draft_vocab_size=5)
-    (made / "vocabulary.json").unlink()
-    with pytest.raises(ValueError, match=r"vocabulary\.json: missing"):
-        engine_config(GOLDEN / "a" / "target", made, {})
-
-
-@pytest.mark.parametrize("value", [0, -3, 2.5, True, "5"])
-def test_a_wrong_default_is_named(folder, value):
-    with pytest.raises(CheckpointError, match=r"`draft_vocab_size` must be a positive integer"):
-        DraftCheckpoint.open(folder(draft_vocab_size=value)).vocabulary()
-
-
-def test_the_tree_must_find_its_children_there(folder):
-    with pytest.raises(ValueError, match="tree_top_k=10 is above the vocabulary of 6 tokens"):
-        engine_config(GOLDEN / "a" / "target", folder(draft_vocab_size=6), {})
 
 
 @pytest.mark.parametrize("packed", [False, True])

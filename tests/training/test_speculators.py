@@ -1,6 +1,5 @@
 """A draft that names its target is served without a flag, and read like any other."""
 
-import copy
 import json
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from vllm import SamplingParams
 
 from tests.engine.harness import MODELS, Request, engine, run
 from vllm_griffin.convert import convert
-from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint
+from vllm_griffin.model.checkpoint import CheckpointError
 from vllm_griffin.model.speculators import flatten, verifier_of, wrap
 
 TARGET, DRAFT = MODELS / "target", MODELS / "griffin"
@@ -105,69 +104,6 @@ def test_flatten_undoes_wrap(more: dict) -> None:
     assert flatten(config, "config.json") is config
     assert verifier_of(wrapped, "config.json") == "some/target"
     assert verifier_of(config, "config.json") is None
-
-
-METHODS = "speculators_config.proposal_methods"
-ODD = [
-    (
-        ("speculators_model_type",),
-        None,
-        "`speculators_model_type` must be 'griffin', it is missing",
-    ),
-    (("speculators_model_type",), "eagle3", "must be 'griffin', found 'eagle3'"),
-    (
-        ("transformer_layer_config",),
-        None,
-        "`transformer_layer_config` must be an object, it is missing",
-    ),
-    (("speculators_config",), [], r"`speculators_config` must be an object, found \[\]"),
-    (("speculators_config", "proposal_methods"), [], rf"`{METHODS}` must be a list of objects"),
-    (
-        ("speculators_config", "proposal_methods", 0, "speculative_tokens"),
-        None,
-        rf"`{METHODS}\[0\].speculative_tokens` must be a positive integer, it is missing",
-    ),
-    (
-        ("speculators_config", "proposal_methods", 0, "tree_depth"),
-        0,
-        rf"`{METHODS}\[0\].tree_depth` must be a positive integer, found 0",
-    ),
-    (
-        ("speculators_config", "proposal_methods", 0, "accept_tolerance"),
-        0.1,
-        rf"`{METHODS}\[0\].accept_tolerance` is not known",
-    ),
-    (
-        ("speculators_config", "proposal_methods", 0, "proposal_type"),
-        "greedy",
-        rf"`{METHODS}\[0\].proposal_type` must be 'tree', found 'greedy'",
-    ),
-    (
-        ("speculators_config", "default_proposal_method"),
-        "greedy",
-        "`speculators_config.default_proposal_method` must be 'tree', found 'greedy'",
-    ),
-    (("draft_vocab_size",), 100, r"vocabulary\.json: missing"),
-    (("draft_vocab_size",), -1, "`draft_vocab_size` must be a positive integer, found -1"),
-    (("transformer_layer_config", "hidden_size"), None, "`hidden_size` must be a positive integer"),
-]
-
-
-@pytest.mark.parametrize(("path", "value", "message"), ODD, ids=lambda v: str(v)[:60])
-def test_odd_keys_are_named(
-    path: tuple, value, message: str, speculator: Path, tmp_path: Path
-) -> None:
-    raw = copy.deepcopy(json.loads((speculator / "config.json").read_text()))
-    place = raw
-    for key in path[:-1]:
-        place = place[key]
-    if value is None:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = value
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(CheckpointError, match=message):
-        DraftCheckpoint.open(tmp_path).vocabulary()
 
 
 @pytest.mark.parametrize("verifier", [{}, {"name_or_path": ""}, {"name_or_path": 3}])

@@ -4,7 +4,8 @@ All of them ask first whether the engine at hand wants griffin, so that a plain 
 process runs vLLM's own code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from vllm_griffin.compat import metrics
@@ -18,9 +19,9 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
-        asked = dict(self.speculative_config or {})
-        if self.spec_method != "griffin" and asked.get("method") != "griffin":
+        if not _wants_griffin(self):
             return original(self, target_model_config, target_parallel_config)
+        asked = _plain_names(self.speculative_config or {})
         for flag, key, value in (
             ("--spec-method", "method", self.spec_method),
             ("--spec-model", "model", self.spec_model),
@@ -31,11 +32,11 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             if value is not None:
                 asked[key] = value
         from vllm_griffin.compat import check_version
-        from vllm_griffin.config import GriffinSpeculativeConfig
+        from vllm_griffin.config import make_config
 
         check_version()
-        return GriffinSpeculativeConfig(
-            **{key.replace("-", "_"): value for key, value in asked.items()},
+        return make_config(
+            asked,
             target_model_config=target_model_config,
             target_parallel_config=target_parallel_config,
         )
@@ -43,15 +44,45 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
     return create_speculative_config
 
 
+def _wants_griffin(args: Any) -> bool:
+    """Whether an EngineArgs names griffin.
+
+    Raises:
+        ValueError: another method's config names it wrongly, or has its fields.
+    """
+    asked = args.speculative_config if isinstance(args.speculative_config, Mapping) else {}
+    methods = (args.spec_method, asked.get("method"))
+    if "griffin" in methods:
+        return True
+    for method in methods:
+        if isinstance(method, str) and get_close_matches(method.lower(), ["griffin"]):
+            raise ValueError(f"speculative method {method!r} is not known: did you mean 'griffin'?")
+    for field in ("tree_depth", "tree_top_k", "draft_vocab_size"):
+        if field in asked:
+            raise ValueError(
+                f"speculative_config['{field}'] is a field of method 'griffin': name that method, or "
+                f"leave the field out"
+            )
+    return False
+
+
+def _plain_names(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """As vLLM, a config may say `tree-depth`; but not beside `tree_depth`."""
+    plain: dict[str, Any] = {}
+    for key, value in asked.items():
+        name = str(key).replace("-", "_")
+        if name in plain:
+            raise ValueError(f"speculative_config['{name}'] is given twice: leave one out")
+        plain[name] = value
+    return plain
+
+
 def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(
         self: Any, usage_context: Any = None, headless: bool = False
     ) -> "VllmConfig":
         vllm_config = original(self, usage_context, headless)
-        asked = self.spec_method == "griffin" or (
-            (self.speculative_config or {}).get("method") == "griffin"
-        )
-        if asked:
+        if _wants_griffin(self):
             from vllm_griffin.config import check_engine
 
             check_engine(vllm_config)

@@ -1,6 +1,8 @@
 """What the draft network needs of a checkpoint's `config.json`, checked once, here."""
 
 import json
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 TREE_FIELDS = ("num_speculative_tokens", "tree_depth", "tree_top_k")
+# A rope table of more rows is a mistake in a config: it would fill the memory.
+MAX_ROPE_ROWS = 1 << 24
 # The tree of the paper (App. C.2): 60 rows with the root, six levels, ten branches.
 PAPER_TREE = {"num_speculative_tokens": 59, "tree_depth": 6, "tree_top_k": 10}
 
@@ -67,6 +71,11 @@ class DraftConfig:
         field.require(raw.get("hidden_act", "silu") == "silu", "hidden_act", "'silu'")
         window = raw.get("sliding_window") and raw.get("use_sliding_window", True)
         field.require(not window, "sliding_window", "none (drafts attend to their whole context)")
+        for name in ("quantization_config", "compression_config"):
+            whole = raw.get(name) is None
+            field.require(whole, name, "left out, with unquantised weights")
+        qkv_bias = raw.get("qkv_bias", False)
+        field.require(isinstance(qkv_bias, bool), "qkv_bias", "true or false")
         return cls(
             source=source,
             vocab_size=field.positive("vocab_size"),
@@ -78,8 +87,8 @@ class DraftConfig:
             rms_norm_eps=field.epsilon("rms_norm_eps", 1e-6),
             max_position_embeddings=field.positive("max_position_embeddings", 2048),
             rope_parameters=_rope_parameters(raw, field),
-            architectures=_architectures(raw),
-            qkv_bias=bool(raw.get("qkv_bias", False)),
+            architectures=_architectures(raw, field),
+            qkv_bias=qkv_bias,
         )
 
     def check_target(self, hidden_size: int, vocab_size: int) -> None:
@@ -96,6 +105,45 @@ class DraftConfig:
                     "this draft was made for another target"
                 )
 
+    def check_context(self, max_model_len: int) -> None:
+        """Refuse a rope that ends before the engine's context, or whose table is absurdly long.
+
+        Raises:
+            CheckpointError: Names the config file and both lengths.
+        """
+        rope, rows = self.rope_parameters, float(max_model_len)
+        kind = rope["rope_type"]
+        if kind == "linear":
+            rows *= rope["factor"]
+        if kind == "yarn":
+            rows = rope["factor"] * rope["original_max_position_embeddings"]
+        if rows < max_model_len:
+            raise CheckpointError(
+                f"{self.source}: its rope ({kind}) covers {rows:.0f} positions, the engine's "
+                f"max_model_len is {max_model_len}: lower that to {rows:.0f}"
+            )
+        if rows > MAX_ROPE_ROWS:
+            raise CheckpointError(
+                f"{self.source}: its rope ({kind}) asks for {rows:.3g} positions, at most "
+                f"{MAX_ROPE_ROWS} are supported: correct its `factor`"
+            )
+
+
+def load_json(file: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: Missing, or unreadable.
+    """
+    # A folder, a pipe or a link that leads nowhere is no file either.
+    if not os.path.isfile(file):
+        raise CheckpointError(f"{file}: missing")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    # RecursionError: brackets nested thousands deep.
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error})") from error
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
@@ -103,12 +151,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: Missing, unreadable, or not an object.
     """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error})") from error
+    value = load_json(file)
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found a {type(value).__name__}")
     return value
@@ -206,19 +249,26 @@ def _rope_parameters(raw: Mapping[str, Any], field: Fields) -> dict[str, Any]:
     given = raw.get(name) or {}
     field.require(isinstance(given, Mapping), name, "an object")
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise CheckpointError(
             f"{field.source}: `{name}` of type {kind!r} is not supported for a draft "
             f"(supported: {', '.join(ROPE_FIELDS)})"
         )
-    theta = given.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    rope = {**given, "rope_type": kind, "rope_theta": theta}
+    theta = given.get("rope_theta", raw.get("rope_theta"))
+    rope = {**given, "rope_type": kind, "rope_theta": 10000.0 if theta is None else theta}
     rope.pop("type", None)
     for needed in ("rope_theta", *ROPE_FIELDS[kind]):
-        value = rope.get(needed)
-        if not isinstance(value, float | int) or isinstance(value, bool) or value <= 0:
+        value: Any = rope.get(needed)
+        least = 1 if needed == "factor" else 0
+        if not _is_number(value) or value < least or value == 0:
+            above = "of at least 1" if least else "above 0"
             raise CheckpointError(
-                f"{field.source}: rope type {kind!r} needs a positive `{needed}`, found {value!r}"
+                f"{field.source}: rope type {kind!r} needs a `{needed}` {above}, found {value!r}"
+            )
+    for key in sorted(rope.keys() - {"rope_type"}):
+        if not isinstance(rope[key], bool | None) and not _is_number(rope[key]):
+            raise CheckpointError(
+                f"{field.source}: `{name}.{key}` must be a number, found {rope[key]!r}"
             )
     partial = rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
@@ -228,6 +278,14 @@ def _rope_parameters(raw: Mapping[str, Any], field: Fields) -> dict[str, Any]:
     return rope
 
 
-def _architectures(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    names = raw.get("architectures")
-    return tuple(str(name) for name in names) if isinstance(names, list | tuple) else ()
+def _is_number(value: Any) -> bool:
+    """Whether a float can hold it: no boolean, NaN, infinity or integer of hundreds of digits."""
+    number = isinstance(value, float | int) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
+
+
+def _architectures(raw: Mapping[str, Any], field: Fields) -> tuple[str, ...]:
+    names = raw.get("architectures") or []
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    field.require(listed, "architectures", "a list of names")
+    return tuple(names)

@@ -83,7 +83,7 @@ class GriffinDraftModel(nn.Module):
 
         Raises:
             CheckpointError: The draft's config or files cannot be used.
-            ValueError: The draft cannot be split over the ranks, or is to be quantised.
+            ValueError: The draft cannot be split over the ranks.
         """
         super().__init__()
         checkpoint = checkpoint or open_draft(vllm_config)
@@ -240,7 +240,7 @@ def load_draft_model(target_model: nn.Module, vllm_config: VllmConfig) -> Griffi
     Raises:
         CheckpointError: The checkpoint is damaged, or does not fit its layout or the target.
         TargetError: The target model has nothing to share.
-        ValueError: The draft cannot be split over the ranks, or is to be quantised.
+        ValueError: The draft cannot be split over the ranks.
     """
     checkpoint = open_draft(vllm_config)
     target = vllm_config.model_config
@@ -289,13 +289,7 @@ def _draft_model_config(vllm_config: VllmConfig) -> ModelConfig:
 
 
 def _check_engine(config: DraftConfig, vllm_config: VllmConfig) -> None:
-    """Refuse what would fail later, or quietly do something else."""
-    quantization = _draft_model_config(vllm_config).quantization
-    if quantization is not None:
-        raise ValueError(
-            f"{config.source}: griffin does not support a quantised draft "
-            f"(quantization={quantization!r})"
-        )
+    """Refuse what would fail later."""
     ranks = get_tensor_model_parallel_world_size()
     if config.intermediate_size % ranks:
         raise ValueError(

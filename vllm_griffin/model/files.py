@@ -88,8 +88,14 @@ def _open_saved(file: Path) -> dict[str, Tensor]:
     if not isinstance(saved, dict):
         raise CheckpointError(f"{file}: expected a dict of tensors, found a {type(saved).__name__}")
     for key, value in saved.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
+        if not isinstance(key, str):
+            raise CheckpointError(f"{file}: has the key {key!r}, expected names of tensors")
+        if not isinstance(value, Tensor):
             raise CheckpointError(f"{file}: `{key}` is a {type(value).__name__}, expected a tensor")
+        # Neither a sparse tensor nor one of the meta device has the numbers that its shape promises.
+        if value.layout is not torch.strided or value.device.type != "cpu":
+            kind = f"{value.layout} on {value.device}"
+            raise CheckpointError(f"{file}: `{key}` is {kind}, expected an ordinary tensor")
     return saved
 
 

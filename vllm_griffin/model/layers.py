@@ -124,19 +124,10 @@ class DraftAttention(nn.Module):
             prefix=f"{prefix}.o_proj",
             return_bias=False,
         )
-        # A draft may be trained on shorter texts than its target serves; its rotary table must not
-        # end before the target's context does.
+        # As long as the target's context, whatever length of text the draft was trained on.
         self.rotary_emb = get_rope(
-            self.head_dim,
-            max_position=max(config.max_position_embeddings, max_position),
-            rope_parameters=config.rope_parameters,
+            self.head_dim, max_position=max_position, rope_parameters=config.rope_parameters
         )
-        table = self.rotary_emb.cos_sin_cache.shape[0]
-        if table < max_position:
-            raise ValueError(
-                f"{config.source}: its rope ({config.rope_parameters['rope_type']}) covers {table} "
-                f"positions, the engine's max_model_len is {max_position}"
-            )
         self.attn = Attention(
             self.num_heads,
             self.head_dim,

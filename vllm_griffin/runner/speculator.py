@@ -38,16 +38,16 @@ class TreeSpeculator(DraftModelSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         spec = griffin_config(vllm_config)
-        assert spec is not None and spec.tree_top_k is not None
+        assert spec is not None
         self.num_nodes = spec.num_speculative_tokens
-        self.top_k = spec.tree_top_k
+        self.top_k = spec.tree_width
         self.max_path = 1 + spec.tree_levels
         self.trees = DraftTrees(self.max_num_reqs, self.num_nodes, device)
         self.verifier = VerifierSlot(self.trees, self.max_path, spec.synthetic_acceptance_rates)
         self._caches: list[tuple[list[str], PagedCaches]] = []
         self._cache_addresses: list[int] = []
         # By number of nodes
-        self.growers = {t.nodes: TreeGrower(t.levels, t.top_k, device) for t in spec.trees}
+        self.growers = {t.nodes: TreeGrower(t.levels, t.width, device) for t in spec.trees}
         # Turned off where no tree pays; the draft's cache is then not kept up either.
         self.drafting = True
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_griffin.kernels.verify import Walk
-from vllm_griffin.trace import TraceRecord, TraceWriter
+from vllm_griffin.trace import TraceRecord, open_trace
 from vllm_griffin.tree import DraftTrees
 
 # Requests of the measurement at start-up (`vllm_griffin.cost`) are nobody's.
@@ -20,10 +20,7 @@ class StepTrace:
     """Collects one record per request and verify step."""
 
     def __init__(self, path: str) -> None:
-        try:
-            self.writer = TraceWriter(path)
-        except OSError as error:
-            raise ValueError(f"VLLM_GRIFFIN_TRACE={path} cannot be written: {error}") from error
+        self.writer = open_trace(path)
         self.steps: defaultdict[str, int] = defaultdict(int)
 
     def forget(self, request_id: str) -> None:
