@@ -146,7 +146,6 @@ def test_every_field_of_vllm_is_honoured_or_refused() -> None:
 
 ENGINE_FEATURES = [
     ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-    ({"tensor_parallel_size": 2}, "tensor parallelism"),
     ({"data_parallel_size": 2}, "data parallelism"),
     ({"enable_lora": True, "max_num_batched_tokens": 65536}, "LoRA"),
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
@@ -194,6 +193,12 @@ def test_bad_values(spec: dict, message: str) -> None:
 def test_a_draft_that_does_not_fit(config: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         make({"model": draft_with(tmp_path, **config)})
+
+
+def test_a_draft_that_ranks_cannot_share_is_refused() -> None:
+    make(tensor_parallel_size=2)
+    with pytest.raises(ValueError, match=r"draft.config\.json: 2 attention heads .*_size 4"):
+        make(tensor_parallel_size=4)
 
 
 def test_a_short_draft_context_is_raised_to_the_targets(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         self._check_sizes()
         target = self.target_model_config
         checkpoint.check_target(target.get_hidden_size(), target.get_vocab_size())
+        checkpoint.config.check_ranks(self.target_parallel_config.tensor_parallel_size)
         if checkpoint.has_weights:
             # A damaged checkpoint ends the start here, not in a worker. Without weights only
             # load_format='dummy' can go on, which the worker checks.
@@ -243,7 +244,6 @@ def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
     return [
         ("Model Runner V1", not vllm_config.use_v2_model_runner, _runner_advice()),
         ("pipeline parallelism", parallel.pipeline_parallel_size > 1, "use tensor parallelism"),
-        ("tensor parallelism", parallel.tensor_parallel_size > 1, "use one rank"),
         ("data parallelism", parallel.data_parallel_size > 1, "start one engine per replica"),
         (
             "decode context parallelism",

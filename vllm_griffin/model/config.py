@@ -94,6 +94,23 @@ class DraftConfig:
                     "this draft was made for another target"
                 )
 
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse a draft that cannot be split over so many tensor-parallel ranks.
+
+        Raises:
+            CheckpointError: Names the config file and what does not divide.
+        """
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+            what = f"{heads} attention heads and {kv_heads} key/value heads"
+        elif self.intermediate_size % ranks:
+            what = f"intermediate_size {self.intermediate_size}"
+        else:
+            return
+        raise CheckpointError(
+            f"{self.source}: {what} cannot be split over tensor_parallel_size {ranks}"
+        )
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.

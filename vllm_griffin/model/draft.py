@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.vllm import set_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -198,6 +201,7 @@ class GriffinDraftModel(nn.Module):
         """Give the draft an LM head of its own, the target's rows of `tokens`.
 
         The rows are read off the head's outputs, since it may keep its weight packed or quantised.
+        Ranks have other parts of this head than of the target's, so all see all of its outputs.
         """
         source: Any = self.lm_head
         assert source is not None, "share_with_target comes first"
@@ -205,13 +209,15 @@ class GriffinDraftModel(nn.Module):
         ids = torch.tensor(tokens)
         bias = getattr(source, "bias", None)
         head: Any = ParallelLMHead(len(ids), self.config.hidden_size, bias=bias is not None)
+        part = head.shard_indices
+        own = ids[part.org_vocab_start_index : part.org_vocab_end_index]
         with torch.inference_mode():
             for units in torch.eye(self.config.hidden_size, dtype=dtype).split(UNIT_ROWS):
                 columns = units.any(0)
-                logits = source.quant_method.apply(source, units)
-                head.weight[: len(ids), columns] = logits[:, ids].T.to(head.weight.dtype)
+                logits = tensor_model_parallel_all_gather(source.quant_method.apply(source, units))
+                head.weight[: len(own), columns] = logits[:, own].T.to(head.weight.dtype)
             if bias is not None:
-                head.bias[: len(ids)] = bias[ids]
+                head.bias[: len(own)] = tensor_model_parallel_all_gather(bias)[own]
         head.quant_method.process_weights_after_loading(head)
         self.lm_head, self.draft_tokens = head, ids
         whole = self.logits_processor
@@ -296,9 +302,4 @@ def _check_engine(config: DraftConfig, vllm_config: VllmConfig) -> None:
             f"{config.source}: griffin does not support a quantised draft "
             f"(quantization={quantization!r})"
         )
-    ranks = get_tensor_model_parallel_world_size()
-    if config.intermediate_size % ranks:
-        raise ValueError(
-            f"{config.source}: intermediate_size {config.intermediate_size} cannot be split over "
-            f"tensor_parallel_size {ranks}"
-        )
+    config.check_ranks(get_tensor_model_parallel_world_size())
