@@ -267,15 +267,33 @@ def load_draft_model(target_model: nn.Module, vllm_config: VllmConfig) -> Griffi
         else:
             draft.load_weights(checkpoint.weights())
         process_weights_after_loading(draft, _draft_model_config(vllm_config), device)
-    draft.share_with_target(target_model)
     griffin = griffin_config(vllm_config)
     vocabulary = checkpoint.vocabulary(griffin.draft_vocab_size if griffin else None)
     if vocabulary is not None:
         logger.info("griffin: drafting from the %d most frequent tokens", len(vocabulary))
-        with set_default_torch_dtype(target.dtype), device, set_current_vllm_config(vllm_config):
-            draft.draft_from(vocabulary)
+    connect_draft(draft, target_model, vllm_config, vocabulary)
     logger.info("griffin: loaded a %s draft from %s", checkpoint.layout.name, checkpoint.folder)
     return draft.eval()
+
+
+def connect_draft(
+    draft: GriffinDraftModel,
+    target_model: nn.Module,
+    vllm_config: VllmConfig,
+    vocabulary: list[int] | None,
+) -> None:
+    """Share the target's modules with the draft, and copy the head's rows of `vocabulary` if given.
+
+    To be repeated when the target's weights have changed, since a copy does not follow them.
+    """
+    draft.share_with_target(target_model)
+    if vocabulary is None:
+        return
+    device = next(draft.layers.parameters()).device
+    dtype = vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype)
+    with set_default_torch_dtype(dtype), device, set_current_vllm_config(vllm_config):
+        draft.draft_from(vocabulary)
 
 
 def open_draft(vllm_config: VllmConfig) -> DraftCheckpoint:

@@ -23,7 +23,7 @@ from vllm_griffin.kernels.kv_compaction import PagedCaches, compact_kv
 from vllm_griffin.kernels.tree_attention import TreeContext
 from vllm_griffin.kernels.tree_order import OrderedTree
 from vllm_griffin.kernels.verify import Walk
-from vllm_griffin.model.draft import GriffinDraftModel, load_draft_model
+from vllm_griffin.model.draft import GriffinDraftModel, connect_draft, load_draft_model
 from vllm_griffin.model.level import TreeLevel
 from vllm_griffin.runner.extend import ExtendBatch, plan_extend
 from vllm_griffin.runner.model_state import GriffinModelState, VerifierSlot
@@ -47,6 +47,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self.verifier = VerifierSlot(self.trees, self.max_path)
         self._caches: list[tuple[list[str], PagedCaches]] = []
         self._cache_addresses: list[int] = []
+        self._reloaded_target: nn.Module | None = None
         self.grower = TreeGrower(self.levels, self.top_k, device)
 
     def load_draft_model(
@@ -62,7 +63,24 @@ class TreeSpeculator(DraftModelSpeculator):
         # Not an attribute of the module's own kind (tensor, submodule), so past its __setattr__.
         target_model.__dict__["get_model_state_cls"] = lambda: state
         self.target_attn_layer_names = sorted(target_attn_layer_names)
-        return load_draft_model(target_model, self.vllm_config)
+        draft = load_draft_model(target_model, self.vllm_config)
+        if draft.draft_tokens is not None:
+            self._watch_weights(target_model)
+        return draft
+
+    def _watch_weights(self, target_model: nn.Module) -> None:
+        """Has the draft's copy of head rows made anew once the target has loaded other weights.
+
+        Not at once: vLLM may still have to process them. Weights that come in a kernel's format
+        (``is_checkpoint_format=False``) pass this by; the old rows then draft, and only that.
+        """
+        load_weights: Any = target_model.load_weights
+
+        def loading(*args: Any, **kwargs: Any) -> Any:
+            self._reloaded_target = target_model
+            return load_weights(*args, **kwargs)
+
+        target_model.__dict__["load_weights"] = loading
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """The draft runs eagerly."""
@@ -106,6 +124,11 @@ class TreeSpeculator(DraftModelSpeculator):
         size = self.num_nodes if num_speculative_tokens is None else num_speculative_tokens
         if dummy_run:
             return self._dummy_propose(num_reqs, input_batch.num_tokens)
+        if self._reloaded_target is not None:
+            assert self.model.draft_tokens is not None
+            tokens = self.model.draft_tokens.tolist()
+            connect_draft(self.model, self._reloaded_target, self.vllm_config, tokens)
+            self._reloaded_target = None
         walk = self._step_walk(input_batch, num_sampled, last_sampled, next_prefill_tokens)
         if input_batch.num_draft_tokens > 0:
             self._compact_target_cache(input_batch, slot_mappings, walk)
