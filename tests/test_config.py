@@ -1,18 +1,21 @@
 """The speculative config: defaults, the largest tree, and every refusal by name."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm import envs
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_griffin.config import (
     REFUSED_FIELDS,
     GriffinSpeculativeConfig,
+    check_engine,
     griffin_config,
     max_tree_nodes,
 )
@@ -149,9 +152,24 @@ ENGINE_FEATURES = [
     ({"data_parallel_size": 2}, "data parallelism"),
     ({"enable_lora": True, "max_num_batched_tokens": 65536}, "LoRA"),
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+    ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype='bfloat16'"),
     ({"enable_prompt_embeds": True}, "prompt embeddings"),
     ({"max_num_batched_tokens": 40}, "max_num_batched_tokens"),
     ({"hf_overrides": {"sliding_window": 64, "use_sliding_window": True}}, "sliding-window"),
+    ({"kv_offloading_size": 1.0}, "KV connectors and offloading"),
+    (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "KV connectors",
+    ),
+    ({"cpu_offload_gb": 1.0}, "weight offloading"),
+    ({"offload_group_size": 2}, "weight offloading"),
+    ({"weight_transfer_config": {"backend": "ipc"}}, "weight transfer"),
+    ({"prefill_context_parallel_size": 2}, "prefill context parallel"),
+    ({"enable_batch_sharded_sampling": True, "tensor_parallel_size": 2}, "batch-sharded sampling"),
+    ({"enable_trace_replay": True}, "trace replay"),
+    ({"runner": "pooling"}, "pooling"),
+    ({"hf_overrides": {"attn_logit_softcapping": 30.0}}, "soft-capping"),
+    ({"hf_overrides": {"alibi": True}}, "ALiBi"),
 ]
 
 
@@ -159,6 +177,36 @@ ENGINE_FEATURES = [
 def test_engine_features_that_are_refused_by_name(arguments: dict, message: str) -> None:
     with pytest.raises((ValueError, NotImplementedError), match=message):
         make(**arguments)
+
+
+# What vLLM itself refuses on a CPU or with the golden pair, but not everywhere.
+ELSEWHERE = [
+    ("model_config.enable_sleep_mode", "sleep mode"),
+    ("model_config.return_sampling_mask", "sampling masks"),
+    ("parallel_config.enable_dbo", "dual batch overlap"),
+    ("parallel_config.enable_expert_parallel", "expert parallelism"),
+    ("parallel_config.enable_eplb", "expert parallelism"),
+    ("parallel_config.decode_context_parallel_size", "decode context parallelism"),
+    ("cache_config.kv_sharing_fast_prefill", "KV-sharing fast prefill"),
+    ("aux_output_config.enable_return_routed_experts", "routed-experts output"),
+    ("watermark_config", "watermarking"),
+]
+
+
+@pytest.mark.parametrize(("field", "message"), ELSEWHERE)
+def test_what_only_some_engines_have_is_refused_too(field: str, message: str) -> None:
+    config = make()
+    *path, name = field.split(".")
+    setattr(functools.reduce(getattr, path, config), name, 2)
+    with pytest.raises(ValueError, match=f"'griffin' does not support {message}"):
+        check_engine(config)
+
+
+def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make()
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    with pytest.raises(ValueError, match="does not support batch-invariant mode: unset VLLM"):
+        check_engine(config)
 
 
 @pytest.mark.parametrize(
