@@ -1,18 +1,21 @@
 """The speculative config: defaults, the largest tree, and that every field of vLLM's is known."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm import envs
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_griffin.config import (
     REFUSED_FIELDS,
     GriffinSpeculativeConfig,
+    check_engine,
     griffin_config,
     max_tree_nodes,
 )
@@ -139,6 +142,57 @@ def test_an_absurd_shape_costs_no_more_than_its_nodes() -> None:
     shape = {"tree_depth": 10**9, "tree_top_k": 500, "num_speculative_tokens": 5}
     spec = griffin_config(make(shape))
     assert spec.tree_levels == spec.tree_width == 5
+
+
+ENGINE_FEATURES = [
+    ({"kv_offloading_size": 1.0}, "KV connectors and offloading"),
+    (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "KV connectors",
+    ),
+    ({"cpu_offload_gb": 1.0}, "weight offloading"),
+    ({"offload_group_size": 2}, "weight offloading"),
+    ({"weight_transfer_config": {"backend": "ipc"}}, "weight transfer"),
+    ({"enable_batch_sharded_sampling": True, "tensor_parallel_size": 2}, "batch-sharded sampling"),
+    ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype='bfloat16'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ENGINE_FEATURES, ids=lambda v: str(v)[:40])
+def test_engine_features_that_are_refused_by_name(arguments: dict, message: str) -> None:
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        make(**arguments)
+
+
+# What vLLM itself refuses on a CPU or with the golden pair, but not everywhere.
+ELSEWHERE = [
+    ("model_config.enable_sleep_mode", "sleep mode"),
+    ("parallel_config.enable_expert_parallel", "expert parallelism"),
+    ("parallel_config.enable_eplb", "expert parallelism"),
+    ("aux_output_config.enable_return_routed_experts", "routed-experts output"),
+]
+
+
+@pytest.mark.parametrize(("field", "message"), ELSEWHERE)
+def test_what_only_some_engines_have_is_refused_too(field: str, message: str) -> None:
+    config = make()
+    *path, name = field.split(".")
+    setattr(functools.reduce(getattr, path, config), name, 2)
+    with pytest.raises(ValueError, match=f"'griffin' does not support {message}"):
+        check_engine(config)
+
+
+def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make()
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    with pytest.raises(ValueError, match="does not support batch-invariant mode: unset VLLM"):
+        check_engine(config)
+
+
+def test_a_draft_that_ranks_cannot_share_is_refused() -> None:
+    make(tensor_parallel_size=2)
+    with pytest.raises(ValueError, match=r"draft.config\.json: 2 attention heads .*_size 4"):
+        make(tensor_parallel_size=4)
 
 
 def test_a_short_draft_context_is_raised_to_the_targets(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, ValidationError
+from vllm import envs
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
@@ -105,6 +106,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         self._resolve_rejection()
         target = self.target_model_config
         checkpoint.check_target(target.get_hidden_size(), target.get_vocab_size())
+        checkpoint.config.check_ranks(self.target_parallel_config.tensor_parallel_size)
         self._resolve_vocabulary(checkpoint)
         self.method = "eagle"
         install_worker_patches()
@@ -400,11 +402,10 @@ def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
     """(feature, whether this engine has it, what to do) for all that is refused."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
-    text = model.hf_text_config
+    offload, text = vllm_config.offload_config, model.hf_text_config
     return [
         ("Model Runner V1", not vllm_config.use_v2_model_runner, _runner_advice()),
         ("pipeline parallelism", parallel.pipeline_parallel_size > 1, "use tensor parallelism"),
-        ("tensor parallelism", parallel.tensor_parallel_size > 1, "use one rank"),
         ("data parallelism", parallel.data_parallel_size > 1, "start one engine per replica"),
         (
             "decode context parallelism",
@@ -416,7 +417,16 @@ def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
             parallel.prefill_context_parallel_size > 1,
             "set prefill_context_parallel_size=1",
         ),
-        ("dual batch overlap", bool(parallel.enable_dbo), "leave enable_dbo off"),
+        (
+            "dual batch overlap",
+            parallel.use_ubatching,
+            "leave enable_dbo and ubatch_size off",
+        ),
+        (
+            "expert parallelism",
+            parallel.enable_expert_parallel or parallel.enable_eplb,
+            "leave enable_expert_parallel and enable_eplb off; tensor parallelism splits experts too",
+        ),
         (
             "batch-sharded sampling",
             bool(getattr(parallel, "enable_batch_sharded_sampling", False)),
@@ -429,8 +439,29 @@ def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
             "leave kv_transfer_config and KV offloading out",
         ),
         (
+            "weight transfer from a trainer",
+            vllm_config.weight_transfer_config is not None,
+            "leave weight_transfer_config out and call reload_weights",
+        ),
+        (
+            "weight offloading",
+            bool(offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size),
+            "leave cpu_offload_gb and offload_group_size at 0",
+        ),
+        ("sleep mode", bool(model.enable_sleep_mode), "leave enable_sleep_mode off"),
+        (
+            "routed-experts output",
+            vllm_config.aux_output_config.enabled,
+            "leave enable_return_routed_experts off",
+        ),
+        (
+            "batch-invariant mode",
+            bool(envs.VLLM_BATCH_INVARIANT),
+            "unset VLLM_BATCH_INVARIANT; a tree's rows go through another kernel than plain rows",
+        ),
+        (
             f"kv_cache_dtype={cache.cache_dtype!r}",
-            cache.cache_dtype not in ("auto", "float16", "bfloat16"),
+            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
             "use kv_cache_dtype='auto'",
         ),
         (

@@ -320,10 +320,6 @@ ENGINES: dict[str, tuple[dict[str, Any], str]] = {
         {"pipeline_parallel_size": 2},
         f"{NOT_SUPPORTED} pipeline parallelism: use tensor parallelism",
     ),
-    "tensor parallel": (
-        {"tensor_parallel_size": 2},
-        f"{NOT_SUPPORTED} tensor parallelism: use one rank",
-    ),
     "data parallel": (
         {"data_parallel_size": 2},
         f"{NOT_SUPPORTED} data parallelism: start one engine per replica",
@@ -445,7 +441,11 @@ TRAITS: dict[str, tuple[str, Any, str]] = {
         2,
         "prefill context parallelism: set prefill_context_parallel_size=1",
     ),
-    "two batches": ("parallel_config.enable_dbo", True, "dual batch overlap: leave enable_dbo off"),
+    "two batches": (
+        "parallel_config.enable_dbo",
+        True,
+        "dual batch overlap: leave enable_dbo and ubatch_size off",
+    ),
     "offloading": (
         "kv_transfer_config",
         "some connector",

@@ -33,6 +33,8 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     arrival: int = 0
+    # Lower is served first, where the engine schedules by priority.
+    priority: int = 0
 
 
 @dataclass
@@ -129,6 +131,12 @@ def cpu_async_scheduling(wanted: bool) -> Iterator[None]:
         CpuPlatform.check_and_update_config = original
 
 
+def add(llm: LLM, request: Request) -> None:
+    """Hands one request to the engine."""
+    prompt = {"prompt_token_ids": request.prompt}
+    llm.llm_engine.add_request(request.name, prompt, request.params, priority=request.priority)
+
+
 def run(llm: LLM, requests: list[Request]) -> Outcome:
     """Adds each request before its step and steps the engine until all have finished."""
     outcome = Outcome()
@@ -139,7 +147,7 @@ def run(llm: LLM, requests: list[Request]) -> Outcome:
             waiting[0].arrival <= outcome.steps or not core.has_unfinished_requests()
         ):
             request = waiting.pop(0)
-            core.add_request(request.name, {"prompt_token_ids": request.prompt}, request.params)
+            add(llm, request)
         for output in core.step():
             if output.finished:
                 outcome.outputs[output.request_id] = output

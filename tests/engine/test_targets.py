@@ -1,9 +1,11 @@
-"""Targets of other families, made at random, with the golden draft."""
+"""Targets of other families or precision, made at random, with the golden draft."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     MistralConfig,
     MistralForCausalLM,
@@ -34,6 +36,7 @@ TARGETS = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+    "int8": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False}),
 }
 SPEC = {"num_speculative_tokens": 12, "tree_depth": 4, "tree_top_k": 4}
 
@@ -45,8 +48,35 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     model = model_class(config_class(**(SHAPE | extra)))
     model.generation_config.eos_token_id = None
     model.save_pretrained(tmp_path)
+    if request.param == "int8":
+        _quantise(tmp_path)
     harness.PAIRS[request.param] = (tmp_path, GOLDEN / "a" / "draft")
     return request.param
+
+
+def _quantise(folder: Path) -> None:
+    """The linear layers in 8 bits, weights and activations, in the layout of compressed-tensors."""
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith("proj.weight")]:
+        scale = weights[name].abs().amax(1, keepdim=True) / 127
+        weights[name] = (weights[name] / scale).round().to(torch.int8)
+        weights[f"{name}_scale"] = scale
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": eight_bits | {"strategy": "channel", "dynamic": False},
+        "input_activations": eight_bits | {"strategy": "token", "dynamic": True},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_other_families_are_lossless(pair: str) -> None:

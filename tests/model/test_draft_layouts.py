@@ -165,16 +165,20 @@ def as_rank(monkeypatch, rank: int, ranks: int) -> None:
     monkeypatch.setattr(parallel_state, "_TP", group)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 1], ids=["split", "shared"])
 @pytest.mark.parametrize("layout", [DraftLayout(qkv_bias=True), EAGLE], ids=["griffin", "eagle"])
-def test_each_rank_loads_its_part(build, tmp_path, monkeypatch, layout):
-    weights = random_weights(CONFIG, layout)
-    write_draft(tmp_path, CONFIG, weights)
+def test_each_rank_loads_its_part(build, tmp_path, monkeypatch, layout, kv_heads):
+    """A key head that cannot be split is on both ranks."""
+    raw = CONFIG | {"num_key_value_heads": kv_heads}
+    weights = random_weights(raw, layout)
+    write_draft(tmp_path, raw, weights)
     for rank in range(2):
         as_rank(monkeypatch, rank, 2)
         draft = build(tmp_path)
         draft.load_weights(DraftCheckpoint.open(tmp_path).weights())
         found = {name: p.detach() for name, p in draft.named_parameters()}
-        for name, wanted in rank_weights(weights, rank).items():
+        assert draft.num_kv_heads == 1
+        for name, wanted in rank_weights(weights, rank, kv_heads).items():
             assert torch.equal(found.pop(name), wanted), name
         assert not found
 
@@ -193,11 +197,14 @@ def test_what_ranks_cannot_share_is_refused(build, tmp_path, monkeypatch, change
         build(tmp_path)
 
 
-def rank_weights(weights: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+def rank_weights(
+    weights: dict[str, torch.Tensor], rank: int, kv_heads: int
+) -> dict[str, torch.Tensor]:
     """What rank `rank` of 2 holds, by vLLM's parameter names."""
 
     def half(key: str, dim: int = 0) -> torch.Tensor:
-        return weights[key].chunk(2, dim)[rank]
+        shared = kv_heads == 1 and (".k_proj." in key or ".v_proj." in key)
+        return weights[key] if shared else weights[key].chunk(2, dim)[rank]
 
     split_rows = {"embed_tokens.weight": 0, "fc.mlp.up_proj.weight": 0}
     split_columns = {"fc.mlp.down_proj.weight": 1}

@@ -128,6 +128,23 @@ class DraftConfig:
                 f"{MAX_ROPE_ROWS} are supported: correct its `factor`"
             )
 
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse a draft that cannot be split over so many tensor-parallel ranks.
+
+        Raises:
+            CheckpointError: Names the config file and what does not divide.
+        """
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+            what = f"{heads} attention heads and {kv_heads} key/value heads"
+        elif self.intermediate_size % ranks:
+            what = f"intermediate_size {self.intermediate_size}"
+        else:
+            return
+        raise CheckpointError(
+            f"{self.source}: {what} cannot be split over tensor_parallel_size {ranks}"
+        )
+
 
 def load_json(file: Path) -> Any:
     """Read a JSON file.

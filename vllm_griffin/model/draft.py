@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.vllm import set_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -198,6 +201,7 @@ class GriffinDraftModel(nn.Module):
         """Give the draft an LM head of its own, the target's rows of `tokens`.
 
         The rows are read off the head's outputs, since it may keep its weight packed or quantised.
+        Ranks have other parts of this head than of the target's, so all see all of its outputs.
         """
         source: Any = self.lm_head
         assert source is not None, "share_with_target comes first"
@@ -205,13 +209,15 @@ class GriffinDraftModel(nn.Module):
         ids = torch.tensor(tokens)
         bias = getattr(source, "bias", None)
         head: Any = ParallelLMHead(len(ids), self.config.hidden_size, bias=bias is not None)
+        part = head.shard_indices
+        own = ids[part.org_vocab_start_index : part.org_vocab_end_index]
         with torch.inference_mode():
             for units in torch.eye(self.config.hidden_size, dtype=dtype).split(UNIT_ROWS):
                 columns = units.any(0)
-                logits = source.quant_method.apply(source, units)
-                head.weight[: len(ids), columns] = logits[:, ids].T.to(head.weight.dtype)
+                logits = tensor_model_parallel_all_gather(source.quant_method.apply(source, units))
+                head.weight[: len(own), columns] = logits[:, own].T.to(head.weight.dtype)
             if bias is not None:
-                head.bias[: len(ids)] = bias[ids]
+                head.bias[: len(own)] = tensor_model_parallel_all_gather(bias)[own]
         head.quant_method.process_weights_after_loading(head)
         self.lm_head, self.draft_tokens = head, ids
         whole = self.logits_processor
@@ -261,15 +267,33 @@ def load_draft_model(target_model: nn.Module, vllm_config: VllmConfig) -> Griffi
         else:
             draft.load_weights(checkpoint.weights())
         process_weights_after_loading(draft, _draft_model_config(vllm_config), device)
-    draft.share_with_target(target_model)
     griffin = griffin_config(vllm_config)
     vocabulary = checkpoint.vocabulary(griffin.draft_vocab_size if griffin else None)
     if vocabulary is not None:
         logger.info("griffin: drafting from the %d most frequent tokens", len(vocabulary))
-        with set_default_torch_dtype(target.dtype), device, set_current_vllm_config(vllm_config):
-            draft.draft_from(vocabulary)
+    connect_draft(draft, target_model, vllm_config, vocabulary)
     logger.info("griffin: loaded a %s draft from %s", checkpoint.layout.name, checkpoint.folder)
     return draft.eval()
+
+
+def connect_draft(
+    draft: GriffinDraftModel,
+    target_model: nn.Module,
+    vllm_config: VllmConfig,
+    vocabulary: list[int] | None,
+) -> None:
+    """Share the target's modules with the draft, and copy the head's rows of `vocabulary` if given.
+
+    To be repeated when the target's weights have changed, since a copy does not follow them.
+    """
+    draft.share_with_target(target_model)
+    if vocabulary is None:
+        return
+    device = next(draft.layers.parameters()).device
+    dtype = vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype)
+    with set_default_torch_dtype(dtype), device, set_current_vllm_config(vllm_config):
+        draft.draft_from(vocabulary)
 
 
 def open_draft(vllm_config: VllmConfig) -> DraftCheckpoint:
@@ -290,9 +314,4 @@ def _draft_model_config(vllm_config: VllmConfig) -> ModelConfig:
 
 def _check_engine(config: DraftConfig, vllm_config: VllmConfig) -> None:
     """Refuse what would fail later."""
-    ranks = get_tensor_model_parallel_world_size()
-    if config.intermediate_size % ranks:
-        raise ValueError(
-            f"{config.source}: intermediate_size {config.intermediate_size} cannot be split over "
-            f"tensor_parallel_size {ranks}"
-        )
+    config.check_ranks(get_tensor_model_parallel_world_size())

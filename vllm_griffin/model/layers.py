@@ -99,11 +99,6 @@ class DraftAttention(nn.Module):
         super().__init__()
         ranks = get_tensor_model_parallel_world_size()
         nh, nkv = config.num_attention_heads, config.num_key_value_heads
-        if nh % ranks or (nkv % ranks and ranks % nkv):
-            raise ValueError(
-                f"{config.source}: {nh} attention heads and {nkv} key/value heads cannot be split "
-                f"over tensor_parallel_size {ranks}"
-            )
         self.head_dim = config.head_dim
         self.num_heads = nh // ranks
         self.num_kv_heads = max(1, nkv // ranks)

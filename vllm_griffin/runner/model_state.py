@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -115,7 +116,8 @@ class VerifierSlot:
     def install(self, sampler: Sampler) -> TreeVerifier:
         """Builds the verifier around vLLM's sampler."""
         trace = None
-        if os.environ.get("VLLM_GRIFFIN_TRACE"):
+        # All ranks decide alike, so one writes for all.
+        if os.environ.get("VLLM_GRIFFIN_TRACE") and get_tensor_model_parallel_rank() == 0:
             from vllm_griffin.runner.trace import StepTrace
 
             trace = StepTrace(os.environ["VLLM_GRIFFIN_TRACE"])

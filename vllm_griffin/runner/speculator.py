@@ -23,7 +23,7 @@ from vllm_griffin.kernels.kv_compaction import PagedCaches, compact_kv
 from vllm_griffin.kernels.tree_attention import TreeContext
 from vllm_griffin.kernels.tree_order import OrderedTree
 from vllm_griffin.kernels.verify import Walk
-from vllm_griffin.model.draft import GriffinDraftModel, load_draft_model
+from vllm_griffin.model.draft import GriffinDraftModel, connect_draft, load_draft_model
 from vllm_griffin.model.level import TreeLevel
 from vllm_griffin.runner.extend import ExtendBatch, plan_extend
 from vllm_griffin.runner.model_state import GriffinModelState, VerifierSlot
@@ -46,6 +46,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self.verifier = VerifierSlot(self.trees, self.max_path, spec.synthetic_acceptance_rates)
         self._caches: list[tuple[list[str], PagedCaches]] = []
         self._cache_addresses: list[int] = []
+        self._reloaded_target: nn.Module | None = None
         # By number of nodes
         self.growers = {t.nodes: TreeGrower(t.levels, t.width, device) for t in spec.trees}
         # Turned off where no tree pays; the draft's cache is then not kept up either.
@@ -64,7 +65,24 @@ class TreeSpeculator(DraftModelSpeculator):
         # Not an attribute of the module's own kind (tensor, submodule), so past its __setattr__.
         target_model.__dict__["get_model_state_cls"] = lambda: state
         self.target_attn_layer_names = sorted(target_attn_layer_names)
-        return load_draft_model(target_model, self.vllm_config)
+        draft = load_draft_model(target_model, self.vllm_config)
+        if draft.draft_tokens is not None:
+            self._watch_weights(target_model)
+        return draft
+
+    def _watch_weights(self, target_model: nn.Module) -> None:
+        """Has the draft's copy of head rows made anew once the target has loaded other weights.
+
+        Not at once: vLLM may still have to process them. Weights that come in a kernel's format
+        (``is_checkpoint_format=False``) pass this by; the old rows then draft, and only that.
+        """
+        load_weights: Any = target_model.load_weights
+
+        def loading(*args: Any, **kwargs: Any) -> Any:
+            self._reloaded_target = target_model
+            return load_weights(*args, **kwargs)
+
+        target_model.__dict__["load_weights"] = loading
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """The draft runs eagerly."""
@@ -108,6 +126,11 @@ class TreeSpeculator(DraftModelSpeculator):
         size = self.num_nodes if num_speculative_tokens is None else num_speculative_tokens
         if dummy_run:
             return self._dummy_propose(num_reqs, input_batch.num_tokens)
+        if self._reloaded_target is not None:
+            assert self.model.draft_tokens is not None
+            tokens = self.model.draft_tokens.tolist()
+            connect_draft(self.model, self._reloaded_target, self.vllm_config, tokens)
+            self._reloaded_target = None
         walk = self._step_walk(input_batch, num_sampled, last_sampled, next_prefill_tokens)
         if not self.drafting:
             return self.draft_tokens[:num_reqs]
