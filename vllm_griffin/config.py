@@ -304,6 +304,11 @@ def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
             "leave enable_trace_replay off",
         ),
         (
+            "routed experts in the output",
+            vllm_config.aux_output_config.enabled,
+            "leave enable_return_routed_experts off",
+        ),
+        (
             "watermarking",
             getattr(vllm_config, "watermark_config", None) is not None,
             "leave watermark_config out",

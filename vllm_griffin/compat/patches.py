@@ -90,6 +90,16 @@ def _get_attn_backend(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_attn_backend
 
 
+def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        from vllm_griffin.config import GriffinSpeculativeConfig
+
+        if not isinstance(speculative_config, GriffinSpeculativeConfig):
+            original(self, speculative_config)
+
+    return validate_spec_decode
+
+
 CONFIG_PATCHES = (
     Patch(
         module="vllm.engine.arg_utils",
@@ -139,5 +149,14 @@ WORKER_PATCHES = (
         reason="no backend of vLLM can mask a different tree for each request",
         until="a backend takes per-request ancestor masks, or one can be chosen per engine by name",
         imported_by=("vllm.model_executor.layers.attention.attention",),
+    ),
+    Patch(
+        module="vllm.sampling_params",
+        name="SamplingParams._validate_spec_decode",
+        parameters=("self", "speculative_config"),
+        replacement=_validate_spec_decode,
+        reason="min_p and logit_bias are refused under any speculative config, though Model Runner "
+        "V2's sampler, which draws at every row of a tree, applies both row by row",
+        until="vLLM asks a speculative method which sampling parameters it honours",
     ),
 )
