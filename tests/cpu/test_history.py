@@ -30,10 +30,11 @@ def texts(seed: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("seed", range(8))
 def test_bad_words_equal_the_kernel(seed: int) -> None:
     t = texts(seed)
-    words = [[9], [0, 8], [1, 2, 7], [3, 3], [2, 0, 1, 6]]
+    # Five words, of 1, 2, 3, 2 and 4 tokens.
+    words = [9, 0, 8, 1, 2, 7, 3, 3, 2, 0, 1, 6]
     offsets = torch.tensor([0, 1, 3, 6, 8, 12]).int().repeat(REQUESTS, 1)
     state = (
-        torch.tensor(sum(words, [])).int().repeat(REQUESTS, 1),
+        torch.tensor(words).int().repeat(REQUESTS, 1),
         offsets,
         torch.tensor([5, 0, 3, 5, 2]).int(),
         t["all_token_ids"],

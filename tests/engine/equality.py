@@ -102,6 +102,14 @@ MODES = tuple(
 )
 
 
+BENCHES = (TINY, GOLDEN, *MODES)
+
+
+def how(row: str) -> str:
+    """Where a row of the matrix is verified: "tree" or "spine"."""
+    return next(p.how for p in PARAMETERS if row in {p.name + b.suffix for b in BENCHES})
+
+
 def make_requests(bench: Bench, count: int) -> dict[str, list[Request]]:
     """Row -> ``count`` requests; the second one's prompt is a single token."""
     size, eos = VOCABULARIES[bench.pair]
