@@ -13,6 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_griffin.config import (
     REFUSED_FIELDS,
     GriffinSpeculativeConfig,
+    check_engine,
     griffin_config,
     max_tree_nodes,
 )
@@ -160,6 +161,14 @@ ENGINE_FEATURES = [
 def test_engine_features_that_are_refused_by_name(arguments: dict, message: str) -> None:
     with pytest.raises((ValueError, NotImplementedError), match=message):
         make(**arguments)
+
+
+def test_routed_experts_are_refused() -> None:
+    """vLLM itself refuses them for the test pair, which has no experts."""
+    config = make()
+    config.aux_output_config.enable_return_routed_experts = True
+    with pytest.raises(ValueError, match=r"routed experts.*enable_return_routed_experts"):
+        check_engine(config)
 
 
 @pytest.mark.parametrize(

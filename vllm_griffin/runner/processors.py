@@ -17,7 +17,7 @@ NATIVE = (LogitBiasState, PenaltiesState, BadWordsState)
 def watch_processors(sampler: Sampler, trees: DraftTrees) -> None:
     """Wraps the sampler's custom processors, of the engine's arguments or of installed plugins."""
     sampler.logits_processors = [
-        processor if isinstance(processor, NATIVE) else SpineProcessor(processor, trees)
+        processor if type(processor) in NATIVE else SpineProcessor(processor, trees)
         for processor in sampler.logits_processors
     ]
 
