@@ -31,6 +31,37 @@ def test_elementwise_twins_equal_the_kernels(name, vocab_size):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("check_all_masked_rows", [False, True])
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_logit_bias_equals_the_kernel(vocab_size, check_all_masked_rows):
+    """Slots: 0 allowed tokens and bias, 1 nothing, 2 bias and minimum length, 3 the latter and a grammar."""
+    tokens = torch.tensor([[3, 30, 7, 0], [1, 1, 1, 1], [5, 2, 9, 0], [5, 2, 9, 0]]).int()
+    state = (
+        torch.tensor([2, 0, 3, 1, 3, 3]).int(),
+        torch.tensor([8, 4, 9, 8, 8, 8]),  # positions; row 2 is long enough to stop
+        torch.tensor([3, 0, 0, 0]).int(),
+        tokens,
+        torch.tensor([2, 0, 3, 0]).int(),
+        tokens.flip(1).contiguous(),
+        torch.tensor([[2.5, -1.0, 9.0, 0.0]] * 4),
+        torch.tensor([0, 0, 10, 10]).int(),
+        torch.tensor([0, 0, 2, 3]).int(),
+        torch.tensor([0, 0, 0, 1]).int(),
+        tokens,
+        check_all_masked_rows,
+    )
+    expected, found = rows(vocab_size, 6), rows(vocab_size, 6)
+    for logits in (expected, found):
+        logits[5] = float("-inf")
+        logits[5, 5] = 1.5  # all that the grammar allows is a stop token
+    original(sampling.apply_logit_bias)(expected, *state)
+    sampling.apply_logit_bias(found, *state)
+    changed = (found != rows(vocab_size, 6)).any(-1)
+    assert changed.tolist() == [True, True, False, False, True, True]
+    assert torch.equal(found, expected)
+    assert torch.isfinite(found[5, 5]) == check_all_masked_rows
+
+
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 def test_penalties_equal_the_kernels(vocab_size):
     mapping = torch.tensor([2, 0, 0, 0, 1]).int()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "data" / "golden"
@@ -43,7 +44,7 @@ class Outcome:
 
     # request name -> tokens
     tokens: dict[str, list[int]] = field(default_factory=dict)
-    # request name -> finished RequestOutput
+    # request name -> RequestOutput, its deltas joined
     outputs: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
@@ -142,6 +143,7 @@ def run(llm: LLM, requests: list[Request]) -> Outcome:
     outcome = Outcome()
     core = llm.llm_engine
     waiting = sorted(requests, key=lambda r: r.arrival)
+    deltas = {r.name for r in requests if r.params.output_kind == RequestOutputKind.DELTA}
     while waiting or core.has_unfinished_requests():
         while waiting and (
             waiting[0].arrival <= outcome.steps or not core.has_unfinished_requests()
@@ -149,9 +151,13 @@ def run(llm: LLM, requests: list[Request]) -> Outcome:
             request = waiting.pop(0)
             add(llm, request)
         for output in core.step():
+            name = output.request_id
+            if name in outcome.outputs:
+                outcome.outputs[name].add(output, aggregate=name in deltas)
+            else:
+                outcome.outputs[name] = output
             if output.finished:
-                outcome.outputs[output.request_id] = output
-                outcome.tokens[output.request_id] = list(output.outputs[0].token_ids)
+                outcome.tokens[name] = list(outcome.outputs[name].outputs[0].token_ids)
         outcome.steps += 1
     outcome.metrics = {
         m.name: getattr(m, "value", getattr(m, "values", None)) for m in llm.get_metrics()

@@ -1,12 +1,14 @@
 """How close the plain engine's decisions were, so that a difference can be shown to be a tie."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.states import SamplingStates
 
 from tests.engine.harness import NEAR_TIE, Outcome, Request
 from vllm_griffin.cpu.twins.noise import gumbel_noise
@@ -18,10 +20,19 @@ def recorded_gaps() -> Iterator[dict[tuple[str, int], float]]:
     """(request name, position) -> distance of the decision there from another one.
 
     The least of: best against second best after temperature and noise; last kept against first
-    dropped at the top-k cut; cumulative probability against the bound at the top-p cut.
+    dropped at the top-k cut; cumulative probability against the bound at the top-p cut; the nearest
+    logit against the min-p cut.
     """
     gaps: dict[tuple[str, int], float] = {}
-    draw = Sampler._sample_random
+    draw, cut = Sampler._sample_random, SamplingStates.apply_min_p
+    min_p_gaps: list[list[float]] = []
+
+    def cutting(
+        self: SamplingStates, logits: torch.Tensor, mapping: torch.Tensor, mapping_np: Any
+    ) -> None:
+        bounds = logits.amax(-1, keepdim=True) + self.min_p.gpu[mapping].log()[:, None]
+        min_p_gaps[:] = [(logits - bounds).abs().nan_to_num(nan=math.inf).amin(-1).tolist()]
+        cut(self, logits, mapping, mapping_np)
 
     def recording(
         self: Sampler,
@@ -44,6 +55,8 @@ def recorded_gaps() -> Iterator[dict[tuple[str, int], float]]:
             use_fused_sampler,
         )
         states = self.sampling_states
+        # A step without any processing has no min-p cut, and leaves none behind.
+        min_p = min_p_gaps.pop() if min_p_gaps else None
         for row, slot in enumerate(expanded_idx_mapping.tolist()):
             position = int(pos[row])
             scores = processed[row].float().clone()
@@ -56,11 +69,17 @@ def recorded_gaps() -> Iterator[dict[tuple[str, int], float]]:
                 found.append(_top_k_gap(logits[row].float(), int(top_k[row])))
             if top_p is not None:
                 found.append(_top_p_gap(logits[row].float(), float(top_p[row])))
+            if min_p is not None:
+                found.append(min_p[row])
             name = client_request_id(self.req_states.index_to_req_id[slot])
-            gaps[name, position] = min(found)
+            # Between two masked tokens there is no distance.
+            gaps[name, position] = min(gap for gap in found if not math.isnan(gap))
         return sampled, processed
 
-    with mock.patch.object(Sampler, "_sample_random", recording):
+    with (
+        mock.patch.object(Sampler, "_sample_random", recording),
+        mock.patch.object(SamplingStates, "apply_min_p", cutting),
+    ):
         yield gaps
 
 

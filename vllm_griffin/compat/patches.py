@@ -132,6 +132,16 @@ def _engine_core_init(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
+def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        from vllm_griffin.config import GriffinSpeculativeConfig
+
+        if not isinstance(speculative_config, GriffinSpeculativeConfig):
+            original(self, speculative_config)
+
+    return validate_spec_decode
+
+
 CONFIG_PATCHES = (
     Patch(
         module="vllm.engine.arg_utils",
@@ -196,6 +206,15 @@ WORKER_PATCHES = (
         replacement=_engine_core_init,
         reason="tree sizes are chosen by timed steps, which need workers and scheduler, before requests come",
         until="vLLM calls a speculative method when an engine is ready",
+    ),
+    Patch(
+        module="vllm.sampling_params",
+        name="SamplingParams._validate_spec_decode",
+        parameters=("self", "speculative_config"),
+        replacement=_validate_spec_decode,
+        reason="min_p and logit_bias are refused under any speculative config, though Model Runner "
+        "V2's sampler, which draws at every row of a tree, applies both row by row",
+        until="vLLM asks a speculative method which sampling parameters it honours",
     ),
 )
 

@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_griffin.attention.metadata import TreeRows, attach_tree
+from vllm_griffin.runner.processors import watch_processors
 from vllm_griffin.runner.sampler import TreeVerifier
 from vllm_griffin.runner.synthetic import SyntheticVerifier
 from vllm_griffin.tree import DraftTrees
@@ -39,18 +40,19 @@ class GriffinModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.trees = trees
         self.verifier = verifier
-        self.custom_processors = bool(vllm_config.model_config.logits_processors)
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeVerifier]:
         """vLLM's sampler stays; its rejection sampler gives way to tree verification."""
+        watch_processors(sampler, self.trees)
         return sampler, self.verifier.install(sampler)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """The slot may still hold the tree of the request before: forget it."""
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        spine_only = params is not None and (self.custom_processors or reads_history(params))
-        self.trees.reset(req_index, spine_only)
+        self.trees.reset(req_index, params is not None and reads_history(params))
+        if params is not None and params.prompt_logprobs is not None:
+            _forget_empty_prompt_logprobs(new_req_data, params)
 
     def remove_request(self, req_id: str) -> None:
         """Ends the request's trace."""
@@ -128,6 +130,17 @@ class VerifierSlot:
         """Passes the end of a request on to the trace, if there is one."""
         if self.verifier is not None and self.verifier.trace is not None:
             self.verifier.trace.forget(request_id)
+
+
+def _forget_empty_prompt_logprobs(new_req_data: NewRequestData, params: SamplingParams) -> None:
+    """With one prompt token left to compute there are none, and vLLM must not look for any.
+
+    Its scheduler may place drafts after that token, which vLLM takes for rows of the prompt (with
+    any speculative method).
+    """
+    if new_req_data.prompt_len - new_req_data.num_computed_tokens == 1:
+        new_req_data.sampling_params = params.clone()
+        new_req_data.sampling_params.prompt_logprobs = None
 
 
 def reads_history(params: SamplingParams) -> bool:

@@ -25,6 +25,41 @@ def apply_min_p(
     logits.masked_fill_(logits < cut[:, None], float("-inf"))
 
 
+def apply_logit_bias(
+    logits: torch.Tensor,  # [num_tokens, vocab_size], float32
+    expanded_idx_mapping: torch.Tensor,  # [num_tokens]
+    pos: torch.Tensor,  # [num_tokens]
+    num_allowed_token_ids: torch.Tensor,  # [max_num_reqs]; 0 = all are allowed
+    allowed_token_ids: torch.Tensor,  # [max_num_reqs, most]
+    num_logit_bias: torch.Tensor,  # [max_num_reqs]
+    logit_bias_token_ids: torch.Tensor,  # [max_num_reqs, most]
+    logit_bias: torch.Tensor,  # [max_num_reqs, most]
+    min_lens: torch.Tensor,  # [max_num_reqs]: prompt and output tokens before which nothing may stop
+    num_stop_token_ids: torch.Tensor,  # [max_num_reqs]
+    restore_when_all_masked: torch.Tensor,  # [max_num_reqs]: a grammar may allow stop tokens only
+    stop_token_ids: torch.Tensor,  # [max_num_reqs, most]
+    check_all_masked_rows: bool = False,
+) -> None:
+    """Applies allowed tokens, biases and the minimum length, in place."""
+    slots, positions = expanded_idx_mapping.tolist(), pos.tolist()
+    for row, slot, position in zip(logits, slots, positions, strict=True):
+        if count := int(num_allowed_token_ids[slot]):
+            allowed = allowed_token_ids[slot, :count].long()
+            kept = row[allowed]
+            row.fill_(float("-inf"))
+            row[allowed] = kept
+        if count := int(num_logit_bias[slot]):
+            row[logit_bias_token_ids[slot, :count].long()] += logit_bias[slot, :count]
+        count = int(num_stop_token_ids[slot])
+        if count and position + 1 < int(min_lens[slot]):
+            stops = stop_token_ids[slot, :count].long()
+            before = row[stops]
+            row[stops] = float("-inf")
+            nothing_left = bool((row == float("-inf")).all())
+            if check_all_masked_rows and restore_when_all_masked[slot] and nothing_left:
+                row[stops] = before.where(before.isfinite(), row[stops])
+
+
 def apply_penalties(
     logits: torch.Tensor,  # [num_tokens, vocab_size], float32
     expanded_idx_mapping: torch.Tensor,  # [num_tokens]
