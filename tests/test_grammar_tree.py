@@ -208,16 +208,18 @@ def test_requests_fill_their_own_rows(manager: StructuredOutputManager) -> None:
 
 
 class Reasoner:
-    """Ends the reasoning at the token END."""
+    """Ends the reasoning at a token."""
+
+    end = END
 
     def __init__(self, tokenizer: object) -> None:
         pass
 
     def is_reasoning_end(self, input_ids: list[int]) -> bool:
-        return END in input_ids
+        return self.end in input_ids
 
     def is_reasoning_end_streaming(self, input_ids: list[int], delta_ids: list[int]) -> bool:
-        return END in delta_ids
+        return self.end in delta_ids
 
 
 @pytest.mark.parametrize("implicit", [False, True])
