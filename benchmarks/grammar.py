@@ -34,11 +34,11 @@ from vllm_griffin import provenance
 from vllm_griffin.pretrained import smollm2_instruct
 
 DRAFT = Path(__file__).parents[1] / "examples" / "models" / "smollm2-griffin"
-MAX_TOKENS = 48
+MAX_TOKENS = 32
 SMALL, LARGE = 450, 50
-CHUNK = 50
+CHUNK = 25
 TREES: dict[int, dict[str, Any]] = {
-    12: {"num_speculative_tokens": 12, "tree_depth": 6, "tree_top_k": 10},
+    12: {"num_speculative_tokens": 12, "tree_depth": 4, "tree_top_k": 4},
     59: {"num_speculative_tokens": 59, "tree_depth": 6, "tree_top_k": 10},
 }
 
