@@ -70,7 +70,12 @@ def fill_bitmask(
 
 
 class GrammarTree:
-    """One request's drafts and the grammar that they have to follow."""
+    """One request's drafts and the grammar that they have to follow.
+
+    The walk uses what every backend of vLLM has. xgrammar's own ``traverse_draft_tree`` fills the same
+    rows in two thirds of the time, but knows no reasoning that comes before the grammar, and leaves
+    nothing allowed behind the end, where an engine without speculation allows everything.
+    """
 
     def __init__(
         self, manager: StructuredOutputManager, request: Request, drafts: Sequence[int]
