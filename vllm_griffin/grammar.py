@@ -50,8 +50,9 @@ def fill_bitmask(
 ) -> np.ndarray:
     """The bitmask of a step, [rows, words] int32, in which a set bit allows a token.
 
-    Each request of ``request_ids`` has a row for its root and one per scheduled draft. Rows that
-    cannot be reached allow everything; so do those of placeholders, which the worker refuses.
+    Each request of ``request_ids`` has a row for its root and one per scheduled draft. Rows behind the
+    end of a grammar allow everything, as without speculation; so do rows that cannot be reached, and
+    those of placeholders, which the worker refuses.
     """
     if manager._grammar_bitmask is None:
         assert manager.backend is not None
@@ -109,7 +110,7 @@ class GrammarTree:
             token = self.tokens[child - 1]
             longer = [*path, token]
             bounds = self._bounds(longer)
-            feeds = bounds.grammar_start <= len(path) and not grammar.is_terminated()
+            feeds = bounds.grammar_start <= len(path)
             if feeds and not (
                 self._allows(row, token, constrained)
                 and grammar.accept_tokens(self.request.request_id, [token])
@@ -122,7 +123,7 @@ class GrammarTree:
     def _allows(self, row: int, token: int, constrained: bool) -> bool:
         if constrained:
             return bool(self.words[row, token // 32] >> (token % 32) & 1)
-        # The token that ends the reasoning may be the grammar's first.
+        # The token that ends the reasoning may be the grammar's first; behind its end none is.
         return bool(self.grammar.validate_tokens([token]))
 
     def _bounds(self, path: list[int]) -> ConstraintBounds:
