@@ -17,7 +17,7 @@ from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
-from vllm_griffin.compat import install_worker_patches
+from vllm_griffin.compat import install_engine_patches
 from vllm_griffin.config_errors import SCHEDULE, first_line, sentence, unknown_field
 from vllm_griffin.environment import check_environment
 from vllm_griffin.model.checkpoint import DraftCheckpoint
@@ -109,7 +109,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         checkpoint.config.check_ranks(self.target_parallel_config.tensor_parallel_size)
         self._resolve_vocabulary(checkpoint)
         self.method = "eagle"
-        install_worker_patches()
+        install_engine_patches()
         self.draft_tensor_parallel_size = self._same_tensor_parallel_size()
         self.draft_model_config = self._make_draft_model_config(str(checkpoint.folder))
         self.draft_parallel_config = SpeculativeConfig.create_draft_parallel_config(
@@ -305,7 +305,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """An engine-core or worker process learns here that its engine asked for griffin."""
         self.__dict__.update(state)
-        install_worker_patches()
+        install_engine_patches()
 
     def acceptance_by_nodes(self) -> dict[int, float]:
         """Acceptance length by nodes of the trees that may be drafted, as far as it is known."""

@@ -26,11 +26,11 @@ def install() -> None:
         init_logger(__name__).warning("%s", error)
 
 
-def install_worker_patches() -> None:
+def install_engine_patches() -> None:
     """Prepares this process to run a griffin engine; called where the engine's config arrives."""
-    from vllm_griffin.compat.patches import METRICS_PATCHES, WORKER_PATCHES
+    from vllm_griffin.compat.patches import ENGINE_PATCHES
 
-    for patch in WORKER_PATCHES + METRICS_PATCHES:
+    for patch in ENGINE_PATCHES:
         patch.apply()
 
 

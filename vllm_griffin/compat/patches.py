@@ -142,6 +142,46 @@ def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate_spec_decode
 
 
+def _set_draft_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    def set_draft_tokens(self: Any, input_batch: Any, draft_tokens: Any) -> None:
+        from vllm_griffin.grammar import carry_parents
+
+        original(self, input_batch, carry_parents(input_batch, draft_tokens))
+
+    return set_draft_tokens
+
+
+def _validate_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate_tokens(self: Any, request: Any, spec_tokens: list[int]) -> list[int]:
+        from vllm_griffin.config import griffin_config
+
+        if griffin_config(self.vllm_config) is None:
+            return original(self, request, spec_tokens)
+        # A node outside the grammar has siblings inside, and its parent's bitmask bars it.
+        return spec_tokens
+
+    return validate_tokens
+
+
+def _grammar_bitmask(original: Callable[..., Any]) -> Callable[..., Any]:
+    def grammar_bitmask(
+        self: Any,
+        requests: dict[str, Any],
+        structured_output_request_ids: list[str],
+        scheduled_spec_decode_tokens: dict[str, list[int]],
+    ) -> Any:
+        from vllm_griffin.config import griffin_config
+
+        args = (requests, structured_output_request_ids, scheduled_spec_decode_tokens)
+        if griffin_config(self.vllm_config) is None:
+            return original(self, *args)
+        from vllm_griffin.grammar import fill_bitmask
+
+        return fill_bitmask(self, *args)
+
+    return grammar_bitmask
+
+
 CONFIG_PATCHES = (
     Patch(
         module="vllm.engine.arg_utils",
@@ -215,6 +255,38 @@ WORKER_PATCHES = (
         reason="min_p and logit_bias are refused under any speculative config, though Model Runner "
         "V2's sampler, which draws at every row of a tree, applies both row by row",
         until="vLLM asks a speculative method which sampling parameters it honours",
+    ),
+    Patch(
+        module="vllm.v1.worker.gpu.spec_decode.utils",
+        name="DraftTokensHandler.set_draft_tokens",
+        parameters=("self", "input_batch", "draft_tokens"),
+        replacement=_set_draft_tokens,
+        reason="the scheduler, which fills grammar bitmasks, is told draft tokens without their shape",
+        until="draft tokens travel to the scheduler with their parents",
+    ),
+)
+
+SCHEDULER_PATCHES = (
+    Patch(
+        module="vllm.v1.structured_output",
+        name="StructuredOutputManager.validate_tokens",
+        parameters=("self", "request", "spec_tokens"),
+        replacement=_validate_tokens,
+        reason="drafts are cut at the first token that does not continue the one before it",
+        until="vLLM validates drafts along a tree",
+    ),
+    Patch(
+        module="vllm.v1.structured_output",
+        name="StructuredOutputManager.grammar_bitmask",
+        parameters=(
+            "self",
+            "requests",
+            "structured_output_request_ids",
+            "scheduled_spec_decode_tokens",
+        ),
+        replacement=_grammar_bitmask,
+        reason="a draft's bitmask takes the drafts before it for its text",
+        until="vLLM fills grammar bitmasks along a tree",
     ),
 )
 
@@ -297,3 +369,6 @@ METRICS_PATCHES = (
         until="LLM loads them too, after vLLM's own loggers",
     ),
 )
+
+# What a process that runs an engine which asked for griffin needs.
+ENGINE_PATCHES = WORKER_PATCHES + SCHEDULER_PATCHES + METRICS_PATCHES

@@ -144,7 +144,7 @@ def _forget_empty_prompt_logprobs(new_req_data: NewRequestData, params: Sampling
 
 
 def reads_history(params: SamplingParams) -> bool:
-    """Whether a request's logits processors read its earlier tokens, or a grammar constrains it.
+    """Whether a request's logits processors read its earlier tokens.
 
     vLLM's processors take the preceding rows of a request for the text before a row. On a tree that
     holds on the spine only, so such a request is verified there.
@@ -155,5 +155,4 @@ def reads_history(params: SamplingParams) -> bool:
         or params.repetition_penalty != 1.0
         or params.bad_words
         or params.thinking_token_budget is not None
-        or params.structured_outputs is not None
     )

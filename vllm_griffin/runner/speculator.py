@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_griffin.config import griffin_config
+from vllm_griffin.grammar import attach_trees
 from vllm_griffin.kernels.kv_compaction import PagedCaches, compact_kv
 from vllm_griffin.kernels.tree_attention import TreeContext
 from vllm_griffin.kernels.tree_order import OrderedTree
@@ -143,6 +144,7 @@ class TreeSpeculator(DraftModelSpeculator):
             return self.draft_tokens[:num_reqs]
         tree = self._grow(extend, predict[extend.last_rows], regress[extend.last_rows], size)
         self.trees.store(input_batch.idx_mapping, tree, num_sampled > 0)
+        attach_trees(input_batch, self.trees)
         return pad(tree.tokens, (0, self.num_nodes - size))
 
     def _step_walk(
