@@ -15,10 +15,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_griffin.config import (
     REFUSED_FIELDS,
     GriffinSpeculativeConfig,
-    check_engine,
     griffin_config,
     max_tree_nodes,
 )
+from vllm_griffin.engine_features import check_engine
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "a"
 DRAFT = GOLDEN / "draft"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, ValidationError
-from vllm import envs
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
@@ -19,7 +18,6 @@ from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_
 
 from vllm_griffin.compat import install_engine_patches
 from vllm_griffin.config_errors import SCHEDULE, first_line, sentence, unknown_field
-from vllm_griffin.environment import check_environment
 from vllm_griffin.model.checkpoint import DraftCheckpoint
 from vllm_griffin.model.config import PAPER_TREE, max_tree_nodes, tree_acceptance
 from vllm_griffin.tree_shape import TreeShape
@@ -377,148 +375,3 @@ def griffin_config(vllm_config: VllmConfig | None) -> GriffinSpeculativeConfig |
         return None
     speculative = vllm_config.speculative_config
     return speculative if isinstance(speculative, GriffinSpeculativeConfig) else None
-
-
-def check_engine(vllm_config: VllmConfig) -> None:
-    """Refuses engine features that griffin does not support yet, and a draft that cannot be loaded.
-
-    Raises:
-        ValueError: names the feature or the file, and what to do.
-    """
-    for feature, present, advice in _engine_features(vllm_config):
-        if present:
-            raise ValueError(f"method 'griffin' does not support {feature}: {advice}")
-    check_environment()
-    spec = griffin_config(vllm_config)
-    assert spec is not None
-    checkpoint = DraftCheckpoint.open(spec.draft_model_config.model)
-    checkpoint.config.check_context(vllm_config.model_config.max_model_len)
-    if vllm_config.load_config.load_format != "dummy":
-        # A damaged checkpoint ends the start here, not in a worker.
-        checkpoint.validate()
-
-
-def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
-    """(feature, whether this engine has it, what to do) for all that is refused."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
-    offload, text = vllm_config.offload_config, model.hf_text_config
-    return [
-        ("Model Runner V1", not vllm_config.use_v2_model_runner, _runner_advice()),
-        ("pipeline parallelism", parallel.pipeline_parallel_size > 1, "use tensor parallelism"),
-        ("data parallelism", parallel.data_parallel_size > 1, "start one engine per replica"),
-        (
-            "decode context parallelism",
-            parallel.decode_context_parallel_size > 1,
-            "set decode_context_parallel_size=1",
-        ),
-        (
-            "prefill context parallelism",
-            parallel.prefill_context_parallel_size > 1,
-            "set prefill_context_parallel_size=1",
-        ),
-        (
-            "dual batch overlap",
-            parallel.use_ubatching,
-            "leave enable_dbo and ubatch_size off",
-        ),
-        (
-            "expert parallelism",
-            parallel.enable_expert_parallel or parallel.enable_eplb,
-            "leave enable_expert_parallel and enable_eplb off; tensor parallelism splits experts too",
-        ),
-        (
-            "batch-sharded sampling",
-            bool(getattr(parallel, "enable_batch_sharded_sampling", False)),
-            "leave enable_batch_sharded_sampling off",
-        ),
-        ("LoRA", vllm_config.lora_config is not None, "merge the adapter into the target"),
-        (
-            "KV connectors and offloading",
-            vllm_config.kv_transfer_config is not None,
-            "leave kv_transfer_config and KV offloading out",
-        ),
-        (
-            "weight transfer from a trainer",
-            vllm_config.weight_transfer_config is not None,
-            "leave weight_transfer_config out and call reload_weights",
-        ),
-        (
-            "weight offloading",
-            bool(offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size),
-            "leave cpu_offload_gb and offload_group_size at 0",
-        ),
-        ("sleep mode", bool(model.enable_sleep_mode), "leave enable_sleep_mode off"),
-        (
-            "routed-experts output",
-            vllm_config.aux_output_config.enabled,
-            "leave enable_return_routed_experts off",
-        ),
-        (
-            "batch-invariant mode",
-            bool(envs.VLLM_BATCH_INVARIANT),
-            "unset VLLM_BATCH_INVARIANT; a tree's rows go through another kernel than plain rows",
-        ),
-        (
-            f"kv_cache_dtype={cache.cache_dtype!r}",
-            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
-            "use kv_cache_dtype='auto'",
-        ),
-        (
-            "KV-sharing fast prefill",
-            bool(cache.kv_sharing_fast_prefill),
-            "leave kv_sharing_fast_prefill off",
-        ),
-        ("sliding-window attention", _has_sliding_window(model), "use a full-attention target"),
-        ("multi-head latent attention", bool(model.use_mla), "use a target with MHA or GQA"),
-        (
-            "multimodal targets",
-            bool(model.supports_multimodal_inputs),
-            "use a text-only target",
-        ),
-        (
-            "hybrid or attention-free targets",
-            bool(model.is_hybrid or model.is_attention_free),
-            "use a full-attention target",
-        ),
-        ("M-RoPE", bool(getattr(model, "uses_mrope", False)), "use a target with 1-D positions"),
-        ("prompt embeddings", bool(model.enable_prompt_embeds), "leave enable_prompt_embeds off"),
-        ("encoder-decoder targets", bool(model.is_encoder_decoder), "use a decoder-only target"),
-        ("pooling", model.runner_type != "generate", "use runner='generate'"),
-        (
-            "sampling masks",
-            bool(getattr(model, "return_sampling_mask", False)),
-            "leave return_sampling_mask off",
-        ),
-        (
-            "trace replay",
-            bool(getattr(model, "enable_trace_replay", False)),
-            "leave enable_trace_replay off",
-        ),
-        (
-            "watermarking",
-            getattr(vllm_config, "watermark_config", None) is not None,
-            "leave watermark_config out",
-        ),
-        (
-            "ALiBi or logit soft-capping",
-            bool(getattr(text, "alibi", False) or getattr(text, "attn_logit_softcapping", None)),
-            "use a target without them",
-        ),
-        (
-            "max_num_batched_tokens below 1 + num_speculative_tokens",
-            scheduler.max_num_batched_tokens < 1 + vllm_config.num_speculative_tokens,
-            "raise max_num_batched_tokens or draft a smaller tree",
-        ),
-    ]
-
-
-def _has_sliding_window(model: ModelConfig) -> bool:
-    return model.get_sliding_window() is not None
-
-
-def _runner_advice() -> str:
-    return (
-        "it needs Model Runner V2; on a CPU set VLLM_GRIFFIN_CPU=1, elsewhere unset "
-        "VLLM_USE_V2_MODEL_RUNNER"
-    )

@@ -11,7 +11,8 @@ from vllm.config.speculative import SpeculativeMethod
 
 from tests.bad_input.sentences import assert_sentence
 from tests.test_config import DRAFT, make
-from vllm_griffin.config import REFUSED_FIELDS, check_engine
+from vllm_griffin.config import REFUSED_FIELDS
+from vllm_griffin.engine_features import check_engine
 
 FIELD = "speculative_config"
 SIZES = f"{FIELD}['num_speculative_tokens_per_batch_size']"

@@ -83,7 +83,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> "VllmConfig":
         vllm_config = original(self, usage_context, headless)
         if _wants_griffin(self):
-            from vllm_griffin.config import check_engine
+            from vllm_griffin.engine_features import check_engine
 
             check_engine(vllm_config)
         return vllm_config
@@ -93,7 +93,8 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_speculator(vllm_config: "VllmConfig", device: Any, req_states: Any) -> Any:
-        from vllm_griffin.config import check_engine, griffin_config
+        from vllm_griffin.config import griffin_config
+        from vllm_griffin.engine_features import check_engine
 
         if griffin_config(vllm_config) is None:
             return original(vllm_config, device, req_states)
