@@ -186,7 +186,7 @@ PARAMETERS = (
     Parameter(
         "structured_outputs",
         lambda c: {"structured_outputs": StructuredOutputsParams(regex=r"(def|if) [a-z_]+[:(]")},
-        "spine",
+        "tree",
         "tokenizer",
     ),
 )
