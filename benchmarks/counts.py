@@ -4,11 +4,13 @@
 
 Runs on a CPU with Triton's interpreter (VLLM_GRIFFIN_CPU=1, VLLM_GRIFFIN_KERNELS=triton are set here), on
 the code that a GPU runs: a torch op that computes or copies is one launch, a Triton kernel is one. Bytes are
-those of the tensors that go in and come out. These are counts, not times.
+those of the tensors that go in and come out, the KV cache apart. Waits are those that this package's own
+code asks for, not vLLM's, nor those of the stand-ins for its kernels on a CPU. Counts, not times.
 """
 
 import json
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,11 +66,34 @@ class Counter:
         self.stack: list[str] = []
         self.in_kernel = False
         self.steps = 0
+        # Addresses of the KV caches' memory
+        self.caches: set[int] = set()
+        # file:line -> how often our code waited there
+        self.places: defaultdict[str, int] = defaultdict(int)
 
     @property
     def here(self) -> Counts | None:
         """Counts of the part that runs, None outside of all parts and inside a Triton kernel."""
         return self.counts[self.stack[-1]] if self.stack and not self.in_kernel else None
+
+    def num_bytes(self, tree: Any) -> int:
+        """Of all tensors in nested arguments, KV caches apart."""
+        import torch
+        from torch.utils._pytree import tree_leaves
+
+        tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+        return sum(
+            t.numel() * t.element_size()
+            for t in tensors
+            if t.untyped_storage().data_ptr() not in self.caches
+        )
+
+    def wait(self) -> None:
+        """Count a wait if it is our code that asks for it."""
+        place = asking_code()
+        if self.here is not None and place is not None:
+            self.here.waits += 1
+            self.places[place] += 1
 
     def part(self, method: Callable[..., Any], name: str) -> Callable[..., Any]:
         """`method`, with what it does counted for `name`."""
@@ -88,7 +113,7 @@ class Counter:
         def counted(grid: Any, *args: Any, **kwargs: Any) -> Any:
             if self.here is not None:
                 self.here.launches += 1
-                self.here.bytes += num_bytes([args, kwargs])
+                self.here.bytes += self.num_bytes([args, kwargs])
             outer, self.in_kernel = self.in_kernel, True
             try:
                 return launch(grid, *args, **kwargs)
@@ -98,13 +123,17 @@ class Counter:
         return counted
 
 
-def num_bytes(tree: Any) -> int:
-    """Of all tensors in nested arguments."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-
-    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-    return sum(t.numel() * t.element_size() for t in tensors)
+def asking_code() -> str | None:
+    """file:line of the innermost caller in this package or in vLLM, if it is ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/vllm/" in file or "/vllm_griffin/cpu/" in file:
+            return None
+        if "/vllm_griffin/" in file or file.startswith(f"{ROOT}/kernels/"):
+            return f"{Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return None
 
 
 @contextmanager
@@ -124,16 +153,15 @@ def counting(counter: Counter) -> Iterator[None]:
             view = func.is_view or func.__name__.startswith(("empty", "new_empty", "detach"))
             if here is not None and not view:
                 here.launches += 1
-                here.bytes += num_bytes([args, kwargs, out])
+                here.bytes += counter.num_bytes([args, kwargs, out])
             return out
 
     class Waits(TorchFunctionMode):
         def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            here = counter.here
-            if here is not None and is_wait(func, args, kwargs or {}):
-                here.waits += 1
+            if is_wait(func, args, kwargs or {}):
+                counter.wait()
             return func(*args, **(kwargs or {}))
 
     patches = [
@@ -161,7 +189,7 @@ def table(counter: Counter) -> list[dict[str, Any]]:
         if (counts := counter.counts.get(name)) is not None
     ]
     ours = [row for row in rows if not row["part"].startswith(("target", "vLLM"))]
-    for name, chosen in (("ours", ours), ("all", rows)):
+    for name, chosen in (("ours", ours), ("all", list(rows))):
         sums = {k: sum(row[k] for row in chosen) for k in ("launches", "bytes", "waits")}
         rows.append({"part": name} | sums)
     return rows
@@ -198,6 +226,9 @@ def main(output: Path, target: Path, draft: Path, tree: str, requests: int, step
     for i in range(requests):
         engine.add_request(str(i), {"prompt_token_ids": list(range(40 + i, 60 + i))}, params)
     counter = Counter()
+    core: Any = engine.engine_core
+    context = core.engine_core.vllm_config.compilation_config.static_forward_context
+    counter.caches = {x.kv_cache.untyped_storage().data_ptr() for x in context.values()}
     for _ in range(3):
         engine.step()
     with counting(counter):
@@ -206,9 +237,8 @@ def main(output: Path, target: Path, draft: Path, tree: str, requests: int, step
     counter.steps = steps
     rows = table(counter)
     setting = {"tree": tree, "requests": requests, "steps": steps, "target": target.name}
-    provenance.write(
-        output, {"provenance": provenance.describe(), "setting": setting, "rows": rows}
-    )
+    record = {"provenance": provenance.describe(), "setting": setting, "rows": rows}
+    provenance.write(output, record | {"waits": dict(counter.places)})
     lines = ["| part, per step | launches | MB | waits |", "|---|---|---|---|"]
     for row in rows:
         lines.append(

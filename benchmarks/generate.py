@@ -37,7 +37,9 @@ def engines(
     on_cpu = CPU in os.environ
     plain: dict[str, dict[str, str | None]] = {PLAIN_V2: {}}
     if on_cpu:
-        plain = {PLAIN_V1: {CPU: None}, PLAIN_V2: {}}
+        # What the switch sets in its process must not reach a process without it.
+        off = dict.fromkeys((CPU, "TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER"))
+        plain = {PLAIN_V1: off, PLAIN_V2: {}}
     with ExitStack() as stack:
         made = {}
         for name, environment in [*plain.items(), *((name, {}) for name in specs)]:

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-# Each reads the contents of a tensor on the host, or has a result whose shape depends on them.
+# Each reads a tensor's contents on the host, or has a result whose shape depends on them. Not `numpy`:
+# it refuses tensors of a device.
 WAITS = frozenset(
     {
         torch.Tensor.item,
         torch.Tensor.tolist,
-        torch.Tensor.numpy,
         torch.Tensor.cpu,
         torch.Tensor.__bool__,
         torch.Tensor.__int__,
