@@ -61,6 +61,11 @@ def adapt(core: "EngineCore") -> None:
     )
 
 
+def context_needed(levels: int, nodes: int) -> int:
+    """Tokens of context that the timed steps may take, if all that is drafted were accepted."""
+    return PROMPT_TOKENS + (WARM_STEPS + TIMED_STEPS) * (1 + levels) + nodes
+
+
 def choose(timer: "StepTimer", lengths: Mapping[int, float], most: int) -> list[Choice]:
     """The best tree at batch sizes 1, 2, 4 .. `most`; larger ones than the first that has none are not timed.
 

@@ -3,7 +3,7 @@
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 
-from vllm_griffin.config import griffin_config
+from vllm_griffin.config import GriffinSpeculativeConfig, griffin_config
 from vllm_griffin.environment import check_environment
 from vllm_griffin.model.checkpoint import DraftCheckpoint
 
@@ -20,11 +20,27 @@ def check_engine(vllm_config: VllmConfig) -> None:
     check_environment()
     spec = griffin_config(vllm_config)
     assert spec is not None
+    _check_timing(vllm_config, spec)
     checkpoint = DraftCheckpoint.open(spec.draft_model_config.model)
     checkpoint.config.check_context(vllm_config.model_config.max_model_len)
     if vllm_config.load_config.load_format != "dummy":
         # A damaged checkpoint ends the start here, not in a worker.
         checkpoint.validate()
+
+
+def _check_timing(vllm_config: VllmConfig, spec: GriffinSpeculativeConfig) -> None:
+    """Steps can be timed only where they fit into the context."""
+    if not spec.adaptive:
+        return
+    from vllm_griffin.cost import context_needed
+
+    needed = context_needed(spec.tree_levels, spec.num_speculative_tokens)
+    found = vllm_config.model_config.max_model_len
+    if found < needed:
+        raise ValueError(
+            f"num_speculative_tokens_per_batch_size='auto' times steps of up to {needed} tokens, and "
+            f"max_model_len is {found}: name num_speculative_tokens instead"
+        )
 
 
 def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:

@@ -342,6 +342,11 @@ ENGINES: dict[str, tuple[dict[str, Any], str]] = {
         f"{NOT_SUPPORTED} max_num_batched_tokens below 1 + num_speculative_tokens: raise "
         "max_num_batched_tokens or draft a smaller tree",
     ),
+    "no room to time steps": (
+        {"max_model_len": 50, "spec": AUTO | {"tree_acceptance": {"9,3,3": 2.0}}},
+        "num_speculative_tokens_per_batch_size='auto' times steps of up to 57 tokens, and "
+        "max_model_len is 50: name num_speculative_tokens instead",
+    ),
     "sliding window": (
         {"hf_overrides": {"sliding_window": 64, "use_sliding_window": True}},
         f"{NOT_SUPPORTED} sliding-window attention: use a full-attention target",
