@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import aiohttp
@@ -36,42 +36,53 @@ class Choice:
 
 @dataclass
 class Answer:
-    """What one client has seen."""
+    """What one client has seen so far; lost until it is known to be something better."""
 
-    end: End
+    end: End = "lost"
     choices: dict[int, Choice] = field(default_factory=dict)
     error: str = ""
 
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 async def visit_all(
-    url: str, visits: Sequence[Visit], patience: float = HUNG_S
+    url: str,
+    visits: Sequence[Visit],
+    patience: float = HUNG_S,
+    answers: dict[str, Answer] | None = None,
 ) -> dict[str, Answer]:
-    """Name -> answer; clients come as their pauses say, at most IN_FLIGHT at a time."""
+    """Clients come as their pauses say, at most IN_FLIGHT at a time.
+
+    Args:
+        patience: seconds after which a client has hung.
+        answers: name -> answer, for a caller that looks at them while they come.
+
+    Returns:
+        All answers, by name.
+    """
+    answers = {} if answers is None else answers
     places = asyncio.Semaphore(IN_FLIGHT)
 
-    async def visit(one: Visit) -> Answer:
+    async def visit(one: Visit) -> None:
         try:
-            return await ask(session, url, one, patience)
+            await ask(session, url, one, answers.setdefault(one.name, Answer()), patience)
         finally:
             places.release()
 
     timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        tasks = {}
+    async with (
+        aiohttp.ClientSession(timeout=timeout, connector=connector) as session,
+        asyncio.TaskGroup() as clients,
+    ):
         for one in visits:
             await asyncio.sleep(one.pause)
             await places.acquire()
-            tasks[one.name] = asyncio.create_task(visit(one))
-        return {name: await task for name, task in tasks.items()}
+            clients.create_task(visit(one))
+    return answers
 
 
-async def ask(session: aiohttp.ClientSession, url: str, visit: Visit, patience: float) -> Answer:
+async def ask(
+    session: aiohttp.ClientSession, url: str, visit: Visit, answer: Answer, patience: float
+) -> None:
     """One client, from its request to its answer, its leaving, or what went wrong."""
-    answer = Answer("lost")
     try:
         async with asyncio.timeout(patience):
             await _ask(session, f"{url}/v1/completions", visit, answer)
@@ -79,7 +90,6 @@ async def ask(session: aiohttp.ClientSession, url: str, visit: Visit, patience: 
         answer.end = "hung"
     except (aiohttp.ClientError, json.JSONDecodeError) as error:
         answer.error = repr(error)
-    return answer
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, visit: Visit, answer: Answer) -> None:

@@ -2,8 +2,11 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from tests.load.client import visit_all
@@ -72,3 +75,39 @@ def left_over(server: Server, visit: Visit, wanted: Mapping[str, Expected]) -> d
         if not any(found.values()) or time.monotonic() > patience:
             return found
         time.sleep(1)
+
+
+def soak(
+    server: Server,
+    clients: Sequence[Visit],
+    wanted: Mapping[str, Expected],
+    rounds: int,
+    trace: Path,
+) -> dict[str, Any]:
+    """The same clients again and again; memory and trace are looked at after each round.
+
+    Returns:
+        A record: counts of all rounds, bytes of memory after each, bytes of trace per request of
+        each, and by how much the second half of either grows.
+    """
+    totals: Counter[str] = Counter()
+    memory, traced = [], []
+    for _ in range(rounds):
+        before = trace.stat().st_size if trace.exists() else 0
+        _, record = load_round(server, clients, wanted)
+        totals.update({k: v for k, v in record.items() if isinstance(v, int | float)})
+        memory.append(server.memory())
+        traced.append(round((trace.stat().st_size - before) / len(clients)))
+    totals.pop("acceptance_length")
+    return dict(totals) | {
+        "memory_bytes": memory,
+        "memory_growth_bytes_per_request": round(growth(memory) / len(clients)),
+        "trace_bytes_per_request": traced,
+        "trace_growth": round(growth(traced) / traced[-1] * len(traced) / 2, 4),
+    }
+
+
+def growth(values: Sequence[float]) -> float:
+    """Slope of a line through the second half, per value."""
+    half = values[len(values) // 2 :]
+    return linear_regression(range(len(half)), half).slope

@@ -76,7 +76,8 @@ class Server:
         found = []
         for process in psutil.process_iter(["name", "status"]):
             with contextlib.suppress(ProcessLookupError):
-                if os.getpgid(process.pid) == self.process.pid:
+                ended = process.info["status"] == psutil.STATUS_ZOMBIE
+                if os.getpgid(process.pid) == self.process.pid and not ended:
                     found.append(f"{process.pid} {process.info['name']}")
         return found
 

@@ -1,7 +1,9 @@
 """The requests of a load run: mixed parameters, lengths, arrival, and clients that leave."""
 
+import json
 import random
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,12 @@ from typing import Any
 from transformers import AutoTokenizer
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from tests.engine.harness import MODELS, Request
+from tests.engine.harness import MODELS, ROOT, Request
 
 Fields = dict[str, Any]
+DrawPrompt = Callable[[random.Random], list[int]]
+# tokens of a prompt
+LONGEST = 64
 # What a request may ask for besides its length, temperature and seed. `stop` and the grammar are
 # made for source code, which the tiny pair writes.
 PARAMETERS: tuple[Fields, ...] = (
@@ -63,43 +68,58 @@ class Visit:
         return Request(self.name, self.body["prompt"], params)
 
 
-def heldout_tokens(target: Path) -> list[int]:
-    """Source files that the tiny pair was not trained on, one after the other."""
+def source_code(target: Path, shortest: int = 8) -> DrawPrompt:
+    """Pieces of up to LONGEST tokens of source files that the tiny pair was not trained on."""
     tokenizer = AutoTokenizer.from_pretrained(target)
     library = Path(sysconfig.get_path("stdlib"))
-    tokens: list[int] = []
-    for name in (MODELS / "heldout.txt").read_text().split():
-        if (library / name).is_file():
-            text = (library / name).read_text()
-            tokens += tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokens
+    files = [library / name for name in (MODELS / "heldout.txt").read_text().split()]
+    texts = [file.read_text() for file in files if file.is_file()]
+    tokens = [t for text in texts for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def piece(draw: random.Random) -> list[int]:
+        length, start = draw.randint(shortest, LONGEST), draw.randrange(len(tokens) - LONGEST)
+        return tokens[start : start + length]
+
+    return piece
+
+
+def chats(target: Path) -> DrawPrompt:
+    """First turns of the chat prompts that the examples bring, those of up to LONGEST tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    prompts = []
+    for file in sorted((ROOT / "examples" / "prompts").glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            turn = {"role": "user", "content": json.loads(line)["turns"][0]}
+            prompts.append(
+                tokenizer.apply_chat_template([turn], add_generation_prompt=True, return_dict=False)
+            )
+    short = [prompt for prompt in prompts if len(prompt) <= LONGEST]
+    return lambda draw: draw.choice(short)
 
 
 def visits(
-    tokens: list[int],
+    prompt: DrawPrompt,
     count: int,
     seed: int,
     leaving: float = 0.0,
-    prompts: tuple[int, int] = (8, 64),
     outputs: tuple[int, int] = (8, 24),
 ) -> list[Visit]:
     """So many clients, the same ones for the same arguments; `leaving` changes nothing but who leaves.
 
     Args:
-        tokens: prompts are pieces of these; one of eight begins like an earlier one.
+        prompt: draws one; every eighth client's begins like an earlier one.
         leaving: share of the clients that leave early.
-        prompts, outputs: least and most tokens.
+        outputs: least and most tokens.
     """
     draw, leave = random.Random(seed), random.Random(seed + 1)
     found: list[Visit] = []
     for i in range(count):
-        length, start = draw.randint(*prompts), draw.randrange(len(tokens) - prompts[1])
-        prompt = tokens[start : start + length]
+        tokens = prompt(draw)
         if found and draw.random() < 0.125:
-            prompt = [*draw.choice(found).body["prompt"], *prompt][: prompts[1]]
+            tokens = [*draw.choice(found).body["prompt"], *tokens][:LONGEST]
         body = {
             "model": "target",
-            "prompt": prompt,
+            "prompt": tokens,
             "max_tokens": draw.randint(*outputs),
             "temperature": draw.choice((0.0, 0.5, 1.0, 1.0)),
             "seed": draw.randrange(1 << 40),
@@ -108,6 +128,7 @@ def visits(
             "return_token_ids": True,
         } | draw.choice(PARAMETERS)
         if body["temperature"] == 0.0:
+            # A greedy request has one completion.
             body.pop("n", None)
         # Bursts and calm by turns.
         pause = 0.0 if i // 50 % 2 else draw.expovariate(20)
