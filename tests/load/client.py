@@ -67,7 +67,9 @@ async def visit_all(
         finally:
             places.release()
 
-    timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=None)
+    # Each client has a connection of its own; one that idles is closed by the server after a while.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with (
         aiohttp.ClientSession(timeout=timeout, connector=connector) as session,
         asyncio.TaskGroup() as clients,

@@ -86,7 +86,7 @@ def source_code(target: Path, shortest: int = 8) -> DrawPrompt:
 def chats(target: Path) -> DrawPrompt:
     """First turns of the chat prompts that the examples bring, those of up to LONGEST tokens."""
     tokenizer = AutoTokenizer.from_pretrained(target)
-    prompts = []
+    prompts: list[list[int]] = []
     for file in sorted((ROOT / "examples" / "prompts").glob("*.jsonl")):
         for line in file.read_text().splitlines():
             turn = {"role": "user", "content": json.loads(line)["turns"][0]}
