@@ -40,8 +40,8 @@ from vllm_griffin.pretrained import smollm2_instruct
 
 SEED = 6
 LEAVING = 0.1
-# Where packages are built, which git ignores.
-REFERENCES = Path("build")
+# Git ignores it.
+REFERENCES = Path(".cache")
 # What a soak may grow by: allocators are never quite still.
 MEMORY_PER_REQUEST = 2048
 TRACE_GROWTH = 0.05
