@@ -1,12 +1,16 @@
 """A small cut of `benchmarks/load.py`: load, clients that leave, and a death in mid-stream."""
 
+import asyncio
+import json
 import math
 from collections.abc import Iterator
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from tests.engine.harness import PAIRS
-from tests.load.client import Answer, Choice
+from tests.load.client import Answer, Choice, visit_all
 from tests.load.faults import ENGINE_CORE, clean, kill, streams
 from tests.load.reference import Expected, Verdict, expected, judge
 from tests.load.rounds import LIMITS, SPEC, flat, growth, load_round
@@ -106,6 +110,50 @@ def test_who_leaves_has_seen_how_the_answer_begins() -> None:
 def test_an_answer_that_does_not_come_is_seen(end: str) -> None:
     verdict = _judged(Answer(end, _choice()))
     assert getattr(verdict, end) == 1 and not verdict.clean
+
+
+PART = {"index": 0, "text": "a", "token_ids": [7], "finish_reason": None, "logprobs": None}
+
+
+async def _bad_server(request: web.Request) -> web.StreamResponse:
+    """Fails in the way that the prompt names."""
+    how = (await request.json())["prompt"]
+    if how == "refuses":
+        return web.Response(status=500, text="no")
+    answer = web.StreamResponse()
+    await answer.prepare(request)
+    await answer.write(f"data: {json.dumps({'choices': [PART]})}\n\n".encode())
+    if how == "hangs":
+        await asyncio.sleep(5)
+    if how == "drops":
+        request.transport.close()
+    if how == "dies":
+        await answer.write(b'data: {"error": {"message": "dead"}}\n\n')
+    return answer
+
+
+async def _ask_bad_server(how: str) -> Answer:
+    app = web.Application()
+    app.router.add_post("/v1/completions", _bad_server)
+    async with TestServer(app) as server:
+        visit = Visit("v", {"prompt": how, "stream": True}, 0.0)
+        return (await visit_all(str(server.make_url("")).rstrip("/"), [visit], 1.0))["v"]
+
+
+@pytest.mark.parametrize(
+    ("how", "end", "error"),
+    [
+        ("refuses", "lost", "500: no"),
+        ("drops", "lost", "Client"),
+        ("dies", "lost", "dead"),
+        ("stops", "lost", ""),
+        ("hangs", "hung", ""),
+    ],
+)
+def test_a_client_knows_what_became_of_its_answer(how: str, end: str, error: str) -> None:
+    answer = asyncio.run(_ask_bad_server(how))
+    assert answer.end == end and error in answer.error
+    assert how == "refuses" or answer.choices[0].tokens == [7]
 
 
 def test_growth_is_that_of_the_second_half() -> None:
