@@ -107,7 +107,7 @@ def kill_part(folder: Path) -> dict[str, Any]:
     for victim in (ENGINE_CORE, WORKER):
         log = folder / f"{victim[6:]}.log"
         with serve(target, spec, flat(LIMITS), log, None) as server:
-            records[victim] = kill(server, streams(source_code(target), 12, 100), victim)
+            records[victim] = kill(server, streams(source_code(target), 6, 100), victim)
     return records | {"ok": all(map(clean, records.values()))}
 
 
@@ -131,8 +131,8 @@ def page(parts: dict[str, dict[str, Any]]) -> str:
         origin = record["origin"]
         rest = {k: v for k, v in record.items() if k not in (*COLUMNS, "origin")}
         about = {k: origin[k] for k in ("started", "commit", "versions", "hardware")}
-        lines += ["", f"## {name}", "", *code_block(origin["command"]), *table(rest | about)]
-    return "\n".join(lines).rstrip() + "\n"
+        lines += ["", f"## {name}", "", *code_block(origin["command"]), *table(rest | about)[:-1]]
+    return "\n".join(lines) + "\n"
 
 
 @click.command()
@@ -151,9 +151,10 @@ def main(output: Path, chosen: tuple[str, ...], requests: int) -> None:
         origin = provenance.describe(seed=SEED)
         with tempfile.TemporaryDirectory() as folder:
             record = PARTS[name](requests, Path(folder))
-        parts[name] = record | {"origin": origin}
         print(f"{name}: {json.dumps(record, indent=1)}", flush=True)
-        provenance.write(output, {n: parts[n] for n in PARTS if n in parts})
+        parts[name] = record | {"origin": origin}
+        parts = {n: parts[n] for n in PARTS if n in parts}
+        provenance.write(output, parts)
         output.with_suffix(".md").write_text(page(parts), encoding="utf-8")
     sys.exit(0 if all(parts[name]["ok"] for name in names) else 1)
 

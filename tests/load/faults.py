@@ -17,7 +17,7 @@ ENGINE_CORE, WORKER = "VLLM::EngineCore", "VLLM::Worker"
 
 
 def streams(prompt: DrawPrompt, count: int, length: int) -> list[Visit]:
-    """Clients that would still be reading when the process is killed."""
+    """Clients that read for long; few enough that all of them are served at a time."""
     draw = random.Random(0)
     body = {"model": "target", "max_tokens": length, "ignore_eos": True, "return_token_ids": True}
     body |= {"stream": True, "seed": 0}
