@@ -18,6 +18,7 @@ a part fails. Writes JSON and Markdown.
 """
 
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -96,7 +97,8 @@ def soak_part(folder: Path) -> dict[str, Any]:
         record = soak(server, clients, wanted, 16, trace)
     still = record["memory_growth_bytes_per_request"] < MEMORY_PER_REQUEST
     still &= record["trace_growth"] < TRACE_GROWTH
-    return record | {"ok": still and not (record["wrong"] or record["lost"] or record["hung"])}
+    bad = any(record[what] for what in ("wrong", "lost", "hung", "rounds_not_idle"))
+    return record | {"ok": still and not bad}
 
 
 def kill_part(folder: Path) -> dict[str, Any]:
@@ -145,6 +147,8 @@ def page(parts: dict[str, dict[str, Any]]) -> str:
 )
 def main(output: Path, chosen: tuple[str, ...], requests: int) -> None:
     """Runs the parts one after the other; each is written as soon as it has ended."""
+    # A benchmark that is ended ends its server too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parts = json.loads(output.read_text()) if output.exists() else {}
     names = chosen or tuple(PARTS)
     for name in names:

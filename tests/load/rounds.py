@@ -91,15 +91,16 @@ def soak(
         each, and by how much the second half of either grows.
     """
     totals: Counter[str] = Counter()
-    memory, traced = [], []
+    memory, traced, began = [], [], time.perf_counter()
     for _ in range(rounds):
         before = trace.stat().st_size if trace.exists() else 0
         _, record = load_round(server, clients, wanted)
-        totals.update({k: v for k, v in record.items() if isinstance(v, int | float)})
+        totals.update({k: v for k, v in record.items() if isinstance(v, int)})
+        totals["rounds_not_idle"] += any(record["left_over"].values())
         memory.append(server.memory())
         traced.append(round((trace.stat().st_size - before) / len(clients)))
-    totals.pop("acceptance_length")
     return dict(totals) | {
+        "seconds": round(time.perf_counter() - began, 1),
         "memory_bytes": memory,
         "memory_growth_bytes_per_request": round(growth(memory) / len(clients)),
         "trace_bytes_per_request": traced,
