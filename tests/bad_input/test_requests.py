@@ -19,9 +19,6 @@ from tests.engine.ties import assert_lossless, recorded_gaps
 VOCABULARY, CONTEXT = 2048, 128
 SPEC = {"num_speculative_tokens": 12, "tree_depth": 4, "tree_top_k": 4}
 NAN = float("nan")
-NOT_WITH_SPECULATION = (
-    "The min_p and logit_bias sampling parameters are not yet supported with speculative decoding."
-)
 
 
 def grammar(**constraint: Any) -> Callable[[], dict[str, Any]]:
@@ -45,8 +42,6 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
     "top-k below 0": ({"top_k": -2}, "top_k must be 0 (disable), or at least 1, got -2."),
     "top-k a fraction": ({"top_k": 1.5}, "top_k must be an integer, got float"),
     "min-p above 1": ({"min_p": 2}, "min_p must be in [0, 1], got 2."),
-    "min-p": ({"min_p": 0.5}, NOT_WITH_SPECULATION),
-    "logit bias": ({"logit_bias": {5: 1.0}}, NOT_WITH_SPECULATION),
     "bias of no token": (
         {"logit_bias": {99999: 1.0}},
         "token_id(s) [99999] in logit_bias contain out-of-vocab token ids. ...",
