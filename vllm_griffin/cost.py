@@ -24,10 +24,12 @@ from vllm_griffin.runner.trace import START_UP
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
 
-logger = init_logger(__name__)
+# vLLM shows what is logged below its own name.
+logger = init_logger("vllm.griffin.cost")
 
-# Drafting must promise this much, since acceptance on the prompts to come is a guess.
-WORTH = 1.05
+# Drafting must promise this much: acceptance on the prompts to come is a guess, and larger batches without a
+# tree pay for the draft's cache.
+WORTH = 1.2
 PROMPT_TOKENS = 16
 WARM_STEPS, TIMED_STEPS = 3, 5
 
@@ -49,7 +51,11 @@ def adapt(core: "EngineCore") -> None:
     lengths = spec.acceptance_by_nodes()
     most = core.vllm_config.scheduler_config.max_num_seqs
     start = time.perf_counter()
-    choices = choose(StepTimer(core), lengths, most)
+    timer = StepTimer(core)
+    # An engine's first steps are slow; plain ones, timed first, must not look so.
+    for nodes in (max(lengths), 0):
+        timer.seconds(1, nodes)
+    choices = choose(timer, lengths, most)
     lookup = sizes_by_batch(choices, most)
     scheduler: Any = core.scheduler
     scheduler.dynamic_sd_lookup = lookup
