@@ -12,6 +12,7 @@ from vllm import envs
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_griffin.compat.patches import OWN_FIELDS
 from vllm_griffin.config import (
     REFUSED_FIELDS,
     GriffinSpeculativeConfig,
@@ -136,6 +137,8 @@ def test_every_field_of_vllm_is_honoured_or_refused() -> None:
     }
     fields = {f.name for f in dataclasses.fields(SpeculativeConfig)}
     assert fields == honoured | set_by_vllm | set(REFUSED_FIELDS)
+    own = {f.name for f in dataclasses.fields(GriffinSpeculativeConfig)}
+    assert own - fields == set(OWN_FIELDS), "other methods refuse them by this list"
 
 
 def test_an_absurd_shape_costs_no_more_than_its_nodes() -> None:

@@ -22,7 +22,7 @@ from vllm_griffin.model.checkpoint import DraftCheckpoint
 from vllm_griffin.model.config import PAPER_TREE, max_tree_nodes, tree_acceptance
 from vllm_griffin.tree_shape import TreeShape
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.griffin.config")
 
 METHOD = "griffin"
 # Strict: `true` is no 1 and "12" is no 12.
@@ -306,11 +306,10 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         install_engine_patches()
 
     def acceptance_by_nodes(self) -> dict[int, float]:
-        """Acceptance length by nodes of the trees that may be drafted, as far as it is known."""
-        known = {
-            TreeShape.parse(tree): length for tree, length in (self.tree_acceptance or {}).items()
-        }
-        return {shape.nodes: known[shape] for shape in self.trees if shape in known}
+        """Acceptance length by nodes of the trees that "auto" chooses from."""
+        assert self.tree_acceptance is not None
+        lengths = {TreeShape.parse(tree): length for tree, length in self.tree_acceptance.items()}
+        return {shape.nodes: lengths[shape] for shape in self.trees}
 
     @property
     def tree_levels(self) -> int:

@@ -23,7 +23,7 @@ def install() -> None:
         # An engine that does not want griffin must start all the same.
         from vllm.logger import init_logger
 
-        init_logger(__name__).warning("%s", error)
+        init_logger("vllm.griffin").warning("%s", error)
 
 
 def install_engine_patches() -> None:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+# Fields that vLLM's own config has not; written down, since a plain engine loads no more of ours than this.
+OWN_FIELDS = ("tree_depth", "tree_top_k", "draft_vocab_size", "tree_acceptance")
+
+
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
@@ -57,7 +61,7 @@ def _wants_griffin(args: Any) -> bool:
     for method in methods:
         if isinstance(method, str) and get_close_matches(method.lower(), ["griffin"]):
             raise ValueError(f"speculative method {method!r} is not known: did you mean 'griffin'?")
-    for field in ("tree_depth", "tree_top_k", "draft_vocab_size"):
+    for field in OWN_FIELDS:
         if field in asked:
             raise ValueError(
                 f"speculative_config['{field}'] is a field of method 'griffin': name that method, or "
@@ -234,6 +238,17 @@ WORKER_PATCHES = (
         imported_by=("vllm.model_executor.layers.attention.attention",),
     ),
     Patch(
+        module="vllm.v1.worker.gpu.spec_decode.utils",
+        name="DraftTokensHandler.set_draft_tokens",
+        parameters=("self", "input_batch", "draft_tokens"),
+        replacement=_set_draft_tokens,
+        reason="the scheduler, which fills grammar bitmasks, is told draft tokens without their shape",
+        until="draft tokens travel to the scheduler with their parents",
+    ),
+)
+
+ENGINE_CORE_PATCHES = (
+    Patch(
         module="vllm.v1.engine.core",
         name="EngineCore.__init__",
         parameters=(
@@ -248,26 +263,6 @@ WORKER_PATCHES = (
         reason="tree sizes are chosen by timed steps, which need workers and scheduler, before requests come",
         until="vLLM calls a speculative method when an engine is ready",
     ),
-    Patch(
-        module="vllm.sampling_params",
-        name="SamplingParams._validate_spec_decode",
-        parameters=("self", "speculative_config"),
-        replacement=_validate_spec_decode,
-        reason="min_p and logit_bias are refused under any speculative config, though Model Runner "
-        "V2's sampler, which draws at every row of a tree, applies both row by row",
-        until="vLLM asks a speculative method which sampling parameters it honours",
-    ),
-    Patch(
-        module="vllm.v1.worker.gpu.spec_decode.utils",
-        name="DraftTokensHandler.set_draft_tokens",
-        parameters=("self", "input_batch", "draft_tokens"),
-        replacement=_set_draft_tokens,
-        reason="the scheduler, which fills grammar bitmasks, is told draft tokens without their shape",
-        until="draft tokens travel to the scheduler with their parents",
-    ),
-)
-
-SCHEDULER_PATCHES = (
     Patch(
         module="vllm.v1.structured_output",
         name="StructuredOutputManager.validate_tokens",
@@ -288,6 +283,18 @@ SCHEDULER_PATCHES = (
         replacement=_grammar_bitmask,
         reason="a draft's bitmask takes the drafts before it for its text",
         until="vLLM fills grammar bitmasks along a tree",
+    ),
+)
+
+REQUEST_PATCHES = (
+    Patch(
+        module="vllm.sampling_params",
+        name="SamplingParams._validate_spec_decode",
+        parameters=("self", "speculative_config"),
+        replacement=_validate_spec_decode,
+        reason="min_p and logit_bias are refused under any speculative config, though Model Runner "
+        "V2's sampler, which draws at every row of a tree, applies both row by row",
+        until="vLLM asks a speculative method which sampling parameters it honours",
     ),
 )
 
@@ -372,4 +379,4 @@ METRICS_PATCHES = (
 )
 
 # What a process that runs an engine which asked for griffin needs.
-ENGINE_PATCHES = WORKER_PATCHES + SCHEDULER_PATCHES + METRICS_PATCHES
+ENGINE_PATCHES = WORKER_PATCHES + ENGINE_CORE_PATCHES + REQUEST_PATCHES + METRICS_PATCHES

@@ -19,7 +19,7 @@ def register_layout() -> None:
         # An engine that does not want griffin must start all the same.
         from vllm.logger import init_logger
 
-        init_logger(__name__).warning(
+        init_logger("vllm.griffin").warning(
             "vllm-griffin: vLLM's table of speculators has moved (%s); name the target and give "
             "--speculative-config to serve griffin drafts, or install vllm 0.32.",
             error,

@@ -43,7 +43,7 @@ from vllm_griffin.model.layout import expected_shapes
 from vllm_griffin.model.level import TreeLevel
 from vllm_griffin.model.target import target_parts
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.griffin.draft")
 
 PREFIX = "griffin_draft"
 # Unit vectors through the target's LM head at a time: each gives a row as wide as the vocabulary.
