@@ -11,7 +11,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
@@ -20,6 +19,7 @@ from vllm.v1.request import Request
 
 from vllm_griffin.config import griffin_config
 from vllm_griffin.runner.trace import START_UP
+from vllm_griffin.tree_sizes import Choice, TreeSizes
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
@@ -27,20 +27,10 @@ if TYPE_CHECKING:
 # vLLM shows what is logged below its own name.
 logger = init_logger("vllm.griffin.cost")
 
-# Drafting must promise this much: acceptance on the prompts to come is a guess, and larger batches without a
-# tree pay for the draft's cache.
-WORTH = 1.2
+# Drafting must promise this much to be tried on real requests: acceptance on the prompts to come is a guess.
+WORTH = 1.1
 PROMPT_TOKENS = 16
 WARM_STEPS, TIMED_STEPS = 3, 5
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What is drafted for batches of up to `batch` requests: `nodes` (0: nothing), for so much speed."""
-
-    batch: int
-    nodes: int
-    speedup: float
 
 
 def adapt(core: "EngineCore") -> None:
@@ -56,10 +46,9 @@ def adapt(core: "EngineCore") -> None:
     for nodes in (max(lengths), 0):
         timer.seconds(1, nodes)
     choices = choose(timer, lengths, most)
-    lookup = sizes_by_batch(choices, most)
     scheduler: Any = core.scheduler
-    scheduler.dynamic_sd_lookup = lookup
-    _set_drafting(core, any(lookup))
+    scheduler.dynamic_sd_lookup = TreeSizes(choices, lengths, scheduler)
+    _set_drafting(core, choices[0].nodes > 0)
     logger.info(
         "griffin: tree sizes measured in %.1f s. %s",
         time.perf_counter() - start,
@@ -97,16 +86,6 @@ def choose(timer: "StepTimer", lengths: Mapping[int, float], most: int) -> list[
         if best.nodes == 0:
             break
     return choices
-
-
-def sizes_by_batch(choices: Sequence[Choice], most: int) -> list[int]:
-    """Nodes for each batch size 0 .. `most`; what lies between two that were timed follows the larger."""
-    lookup, done = [0] * (most + 1), 0
-    for choice in choices:
-        for batch in range(done + 1, choice.batch + 1):
-            lookup[batch] = choice.nodes
-        done = choice.batch
-    return lookup
 
 
 def describe(choices: Sequence[Choice], names: Mapping[int, str]) -> str:

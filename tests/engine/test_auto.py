@@ -12,10 +12,11 @@ from vllm import SamplingParams
 from tests.engine.harness import PAIRS, Outcome, Request, engine, random_prompt, run
 from tests.engine.oracle import oracle_trees
 from tests.engine.ties import assert_lossless, recorded_gaps
-from vllm_griffin.cost import Choice, choose, describe, sizes_by_batch
+from vllm_griffin.cost import choose, describe
 from vllm_griffin.evaluate.trees import pooled_lengths, write_trees
 from vllm_griffin.model.checkpoint import DraftCheckpoint
 from vllm_griffin.trace import read_trace
+from vllm_griffin.tree_sizes import REST, TRIAL, Choice
 
 AUTO = {"num_speculative_tokens_per_batch_size": "auto"}
 
@@ -45,10 +46,6 @@ def test_the_tree_that_pays_most() -> None:
     # b = 8: 1.16 / 1.74 * 1.6 = 1.07.
     assert [(c.batch, c.nodes) for c in choices] == [(1, 15), (2, 3), (4, 3), (8, 0)]
     assert not [batch for batch, _ in steps.asked if batch > 8], "one that has none is the last"
-    lookup = sizes_by_batch(choices, 64)
-    assert len(lookup) == 65
-    assert lookup[1:10] == [15, 3, 3, 3, 0, 0, 0, 0, 0]
-    assert not any(lookup[5:])
     text = describe(choices, {3: "3,1,3", 15: "15,4,4"})
     assert "1: tree 15,4,4 (1.58x)" in text
     assert text.endswith("8: off")
@@ -57,7 +54,7 @@ def test_the_tree_that_pays_most() -> None:
 def test_where_no_tree_pays_there_is_none() -> None:
     steps = Steps(row=1.5)
     choices = choose(steps, LENGTHS, 7)
-    assert sizes_by_batch(choices, 7) == [0] * 8
+    assert choices == [Choice(1, 0, 1.0)]
     assert describe(choices, {}) == "No tree pays here: drafting is off"
     # After three nodes took so long, larger trees need not be timed.
     assert steps.asked == [(1, 0), (1, 3)]
@@ -65,8 +62,7 @@ def test_where_no_tree_pays_there_is_none() -> None:
 
 def test_all_batch_sizes_have_a_tree_where_rows_are_free() -> None:
     choices = choose(Steps(row=0.0), LENGTHS, 6)
-    assert [c.batch for c in choices] == [1, 2, 4, 6]
-    assert sizes_by_batch(choices, 6) == [0] + [59] * 6
+    assert [(c.batch, c.nodes) for c in choices] == [(1, 59), (2, 59), (4, 59), (6, 59)]
 
 
 def _requests() -> list[Request]:
@@ -87,8 +83,10 @@ def plain() -> tuple[Outcome, dict]:
         return run(llm, _requests()), gaps
 
 
-def _sizes(llm: Any) -> list[int]:
-    return llm.llm_engine.engine_core.engine_core.scheduler.dynamic_sd_lookup
+def _sizes(llm: Any) -> dict[int, int]:
+    """Nodes by the batch sizes that start-up timed."""
+    lookup = llm.llm_engine.engine_core.engine_core.scheduler.dynamic_sd_lookup
+    return {size.batch: size.nodes for size in lookup.sizes}
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
@@ -106,7 +104,7 @@ def test_a_tree_that_pays_is_drafted_in_its_own_shape(
         engine("golden-a", spec, trace=trace, **options) as llm,
         oracle_trees(texts, 512),
     ):
-        assert _sizes(llm) == [0, 30, 30, 30, 30]
+        assert _sizes(llm) == {1: 30, 2: 30, 4: 30}
         griffin = run(llm, requests)
     assert_lossless(requests, *plain, griffin)
     records = read_trace(trace)
@@ -123,7 +121,7 @@ def test_sizes_have_levels_of_their_own(plain: tuple, tmp_path: Path) -> None:
         mocked_times({0: 1.0, 3: 1.0, 30: 100.0}),
         engine("golden-a", spec, trace=trace, max_num_seqs=4) as llm,
     ):
-        assert _sizes(llm) == [0, 3, 3, 3, 3]
+        assert _sizes(llm) == {1: 3, 2: 3, 4: 3}
         griffin = run(llm, requests)
     assert_lossless(requests, *plain, griffin)
     assert {tuple(r.depths) for r in read_trace(trace) if len(r.tokens) == 4} == {(0, 1, 1, 1)}
@@ -135,7 +133,7 @@ def test_true_times_turn_a_hopeless_draft_off(plain: tuple, tmp_path: Path) -> N
     requests = _requests()
     spec = AUTO | {"tree_acceptance": {"3,1,3": 1.0}}
     with engine("golden-a", spec, trace=trace, max_num_seqs=4) as llm:
-        assert _sizes(llm) == [0] * 5
+        assert _sizes(llm) == {1: 0}
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
         speculator = worker.worker.model_runner.speculator
         assert not speculator.drafting
@@ -144,6 +142,24 @@ def test_true_times_turn_a_hopeless_draft_off(plain: tuple, tmp_path: Path) -> N
     assert_lossless(requests, *plain, griffin)
     assert not trace.exists() or not read_trace(trace)
     assert griffin.metrics["vllm:spec_decode_num_drafts"] == 0
+
+
+def test_a_promise_that_real_steps_do_not_keep(plain: tuple, tmp_path: Path) -> None:
+    """Nothing is accepted, so trees rest after their trial; the tokens are the same all the way."""
+    trace = tmp_path / "trace.jsonl"
+    requests = [r for r in _requests() if r.name in ("r0", "r1")]
+    spec = AUTO | {"tree_acceptance": {"3,1,3": 1.5, "12,4,4": 5.0}}
+    with (
+        mocked_times({0: 1.0, 3: 1.5, 12: 1.5}),
+        engine("golden-a", spec, trace=trace, max_num_seqs=1) as llm,
+    ):
+        (size,) = llm.llm_engine.engine_core.engine_core.scheduler.dynamic_sd_lookup.sizes
+        griffin = run(llm, requests)
+        assert size.rest == 2 * REST
+        assert 0 < size.plain_left < REST
+    assert_lossless(requests, *plain, griffin)
+    # Two prompts' first trees are no uniform steps.
+    assert TRIAL <= len(read_trace(trace)) <= TRIAL + 4
 
 
 def test_true_times_are_taken_with_several_processes(plain: tuple) -> None:

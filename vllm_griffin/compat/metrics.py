@@ -30,13 +30,20 @@ def get_output(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``Scheduler.update_from_output``: keeps the step's trees for the counting inside it."""
+    """``Scheduler.update_from_output``: keeps the step's trees for the counting inside it.
+
+    Where the engine chooses its trees, the chooser sees the step too.
+    """
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         from vllm_griffin.config import griffin_config
 
         if griffin_config(self.vllm_config) is not None:
+            from vllm_griffin.tree_sizes import TreeSizes
+
             self.griffin_path_ranks = getattr(model_runner_output, "path_ranks", {})
+            if isinstance(self.dynamic_sd_lookup, TreeSizes):
+                self.dynamic_sd_lookup.observe(scheduler_output, model_runner_output)
         return original(self, scheduler_output, model_runner_output)
 
     return update_from_output

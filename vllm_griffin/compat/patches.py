@@ -312,8 +312,8 @@ METRICS_PATCHES = (
         name="Scheduler.update_from_output",
         parameters=("self", "scheduler_output", "model_runner_output"),
         replacement=metrics.update_from_output,
-        reason="the scheduler's count of a draft is not given the step's output",
-        until="make_spec_decoding_stats is given the step's output",
+        reason="neither the count of a draft nor the choice of its size is given the step's output",
+        until="make_spec_decoding_stats and a size's chooser are given the step's output",
     ),
     Patch(
         module="vllm.v1.core.sched.scheduler",

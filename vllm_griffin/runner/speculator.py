@@ -50,8 +50,9 @@ class TreeSpeculator(DraftModelSpeculator):
         self._reloaded_target: nn.Module | None = None
         # By number of nodes
         self.growers = {t.nodes: TreeGrower(t.levels, t.width, device) for t in spec.trees}
-        # Turned off where no tree pays; the draft's cache is then not kept up either.
+        # Turned off where no tree pays at all; the draft's cache is then not kept up either.
         self.drafting = True
+        self.adaptive = spec.adaptive
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -137,6 +138,10 @@ class TreeSpeculator(DraftModelSpeculator):
             return self.draft_tokens[:num_reqs]
         if input_batch.num_draft_tokens > 0:
             self._compact_target_cache(input_batch, slot_mappings, walk)
+        if size == 0 and self.adaptive and not input_batch.has_prefill:
+            # The draft's cache keeps a hole here; `TreeSizes` counts it.
+            self.trees.clear(input_batch.idx_mapping)
+            return self.draft_tokens[:num_reqs]
         extend = plan_extend(input_batch, walk, num_sampled, self.max_path)
         predict, regress = self._extend(input_batch, extend, slot_mappings, last_hidden_states)
         if size == 0:
