@@ -111,6 +111,8 @@ def test_only_uniform_steps_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not one.tokens, "a prompt"
     scheduler.step("a", tokens=2, seconds=1.25)
     assert list(one.tokens) == [2.0] and list(one.seconds[5]) == [1.25]
+    scheduler.step("b", tokens=3, seconds=60.0)
+    assert list(one.tokens) == [2.0], "idle in between"
     assert scheduler.step("ab") == 3
     assert not two.tokens, "another batch"
     scheduler.step("ab", tokens=2)
