@@ -110,21 +110,24 @@ def test_which_requests_read_their_history(fields: dict, expected: bool) -> None
     assert reads_history(SamplingParams(**fields)) is expected
 
 
-def test_reused_slots_do_not_inherit_trees() -> None:
+def test_reused_slots_do_not_inherit_trees(tmp_path: Path) -> None:
     """More requests than slots, each ending at another length, so that every slot is reused."""
     generator = torch.Generator().manual_seed(11)
     requests = []
     for i in range(10):
-        params = SamplingParams(**(COMMON | {"temperature": 0, "max_tokens": 1 + 3 * (i % 4)}))
-        # A prompt of one block and one token: its last token is scheduled with placeholder drafts.
-        length = (33, 65, 7)[i % 3]
-        prompt = [*requests[0].prompt[:32], 9 + i] if i and length == 33 else None
-        prompt = prompt or random_prompt(generator, length, VOCABULARY)
+        params = SamplingParams(**(COMMON | {"temperature": 0, "max_tokens": 40 - 9 * (i % 4)}))
+        # A prompt of one token that joins decoding requests is scheduled with placeholder drafts.
+        prompt = random_prompt(generator, (1, 65, 7)[i % 3], VOCABULARY)
         requests.append(Request(f"slot-{i}", prompt, params, arrival=2 * i))
-    limits = {"max_num_seqs": 2, "block_size": 32, "enable_prefix_caching": True}
+    limits = {"max_num_seqs": 2}
     with recorded_gaps() as gaps, engine(PAIR, **limits) as llm:
         plain = run(llm, [dataclasses.replace(r) for r in requests])
     texts = {r.name: r.prompt + plain.tokens[r.name] for r in requests}
-    with engine(PAIR, SPEC, **limits) as llm, oracle_trees(texts, VOCABULARY):
+    trace = tmp_path / "trace.jsonl"
+    with engine(PAIR, SPEC, trace=trace, **limits) as llm, oracle_trees(texts, VOCABULARY):
         griffin = run(llm, requests)
     assert_lossless(requests, plain, gaps, griffin)
+    # A request's own first tree hangs below its first drawn token.
+    prompts = {r.name: len(r.prompt) for r in requests}
+    records = read_trace(trace)
+    assert records and all(r.position >= prompts[r.request_id] for r in records)
