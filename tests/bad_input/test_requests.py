@@ -11,10 +11,12 @@ import torch
 from vllm import LLM, PoolingParams, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.worker.gpu.sample import logit_bias
 
 from tests.bad_input.sentences import assert_sentence
 from tests.engine.harness import Outcome, Request, engine, random_prompt, run
 from tests.engine.ties import assert_lossless, recorded_gaps
+from vllm_griffin import request_limits
 
 VOCABULARY, CONTEXT = 2048, 128
 SPEC = {"num_speculative_tokens": 12, "tree_depth": 4, "tree_top_k": 4}
@@ -111,6 +113,35 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
     "extra number too long": (
         {"extra_args": {"a": 2**80}},
         "extra_args integers must be between -2**63 and 2**64 - 1. ...",
+    ),
+    "seed beyond 64 bits": (
+        {"seed": 2**63},
+        "seed must be an integer between -9223372036854775807 ...",
+    ),
+    "a word as seed": ({"seed": "a"}, "seed must be an integer between ... got 'a' ..."),
+    "endless": (
+        {"max_tokens": 2**40},
+        "max_tokens=1099511627776 and a prompt of ... tokens exceed a text's longest length, ...",
+    ),
+    "at least endless": (
+        {"max_tokens": 2**31, "min_tokens": 2**31},
+        "max_tokens=2147483648 and a prompt of ...",
+    ),
+    "too many allowed": (
+        {"allowed_token_ids": list(range(1025))},
+        "allowed_token_ids has 1025 tokens and a request can have 1024: name fewer ...",
+    ),
+    "too many biased": (
+        {"logit_bias": dict.fromkeys(range(1025), 1.0)},
+        "logit_bias has 1025 tokens and a request can have 1024: name fewer ...",
+    ),
+    "too many stops": (
+        {"stop_token_ids": list(range(3, 132)), "min_tokens": 2},
+        "stop_token_ids has ... tokens beside min_tokens, end tokens included, and a request can ...",
+    ),
+    "too many bad words": (
+        {"bad_words": ["the other one " * 80, "abc def " * 300]},
+        "bad_words has ... tokens in all and a request can have 1024: name fewer ...",
     ),
     "no constraint": (
         grammar(),
@@ -229,6 +260,24 @@ def test_request_is_refused_in_one_sentence(name: str, served: dict[str, Any]) -
     error = served["errors"][name]
     assert error is not None, "it was taken"
     assert_sentence(error, expected)
+
+
+def test_limits_are_the_workers() -> None:
+    assert request_limits.MOST_ALLOWED_TOKENS == logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS
+    assert request_limits.MOST_BIASED_TOKENS == logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS
+    assert request_limits.MOST_STOP_TOKENS == logit_bias.MAX_NUM_STOP_TOKEN_IDS
+
+
+def test_as_much_as_the_worker_holds_is_taken() -> None:
+    params = SamplingParams(
+        seed=-request_limits.LARGEST_SEED,
+        max_tokens=request_limits.LONGEST_TEXT - 7,
+        min_tokens=1,
+        allowed_token_ids=list(range(1024)),
+        logit_bias=dict.fromkeys(range(1024), 1.0),
+        stop_token_ids=list(range(128)),
+    )
+    request_limits.check_request(params, prompt_tokens=7)
 
 
 def test_requests_in_flight_do_not_notice(served: dict[str, Any]) -> None:

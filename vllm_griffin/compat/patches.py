@@ -147,6 +147,20 @@ def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate_spec_decode
 
 
+def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_griffin.config import griffin_config
+
+        request = original(self, *args, **kwargs)
+        if griffin_config(self.vllm_config) is not None and request.sampling_params is not None:
+            from vllm_griffin.request_limits import check_request
+
+            check_request(request.sampling_params, len(request.prompt_token_ids))
+        return request
+
+    return process_inputs
+
+
 def _set_draft_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
     def set_draft_tokens(self: Any, input_batch: Any, draft_tokens: Any) -> None:
         from vllm_griffin.grammar import carry_parents
@@ -295,6 +309,29 @@ REQUEST_PATCHES = (
         reason="min_p and logit_bias are refused under any speculative config, though Model Runner "
         "V2's sampler, which draws at every row of a tree, applies both row by row",
         until="vLLM asks a speculative method which sampling parameters it honours",
+    ),
+    Patch(
+        module="vllm.v1.engine.input_processor",
+        name="InputProcessor.process_inputs",
+        parameters=(
+            "self",
+            "request_id",
+            "prompt",
+            "params",
+            "supported_tasks",
+            "arrival_time",
+            "lora_request",
+            "tokenization_kwargs",
+            "trace_headers",
+            "priority",
+            "data_parallel_rank",
+            "resumable",
+            "session_id",
+            "kv_hints",
+        ),
+        replacement=_process_inputs,
+        reason="parameters that do not fit Model Runner V2's arrays raise in the worker and end all requests",
+        until="vLLM's front end checks them",
     ),
 )
 

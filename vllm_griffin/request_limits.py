@@ -1,0 +1,56 @@
+"""Requests that would end the worker are refused where they are added.
+
+Model Runner V2 keeps parameters of a request in arrays of fixed size and type. vLLM's front end does not know
+their limits; what exceeds them raises in the worker, and all requests in flight end with it.
+"""
+
+from vllm import SamplingParams, envs
+from vllm.exceptions import VLLMValidationError
+
+# As in vllm.v1.worker.gpu.sample.logit_bias, which a front end should not have to load.
+MOST_ALLOWED_TOKENS = 1024
+MOST_BIASED_TOKENS = 1024
+MOST_STOP_TOKENS = 128
+# RequestState.max_seq_len is an int32, a seed an int64.
+LONGEST_TEXT = 2**31 - 1
+LARGEST_SEED = 2**63 - 1
+
+
+def check_request(params: SamplingParams, prompt_tokens: int) -> None:
+    """Refuses what the worker cannot hold.
+
+    Args:
+        params: As the engine gets them: end tokens and tokenized bad words are in.
+        prompt_tokens: Length of the prompt.
+
+    Raises:
+        VLLMValidationError: names the parameter, the limit, and what to do.
+    """
+    seed = params.seed
+    if seed is not None and not (isinstance(seed, int) and abs(seed) <= LARGEST_SEED):
+        raise VLLMValidationError(
+            f"seed must be an integer between -{LARGEST_SEED} and {LARGEST_SEED}, got {seed!r}",
+            parameter="seed",
+        )
+    for name in ("max_tokens", "min_tokens"):
+        length = getattr(params, name)
+        if length is not None and prompt_tokens + length > LONGEST_TEXT:
+            raise VLLMValidationError(
+                f"{name}={length} and a prompt of {prompt_tokens} tokens exceed a text's longest length, "
+                f"{LONGEST_TEXT}: lower {name}",
+                parameter=name,
+            )
+    bad_words = params.bad_words_token_ids or []
+    # Stop tokens are kept only for `min_tokens`, which forbids them for a while.
+    stops = params.all_stop_token_ids if params.min_tokens else ()
+    for name, what, count, most in (
+        ("allowed_token_ids", "tokens", len(params.allowed_token_ids or ()), MOST_ALLOWED_TOKENS),
+        ("logit_bias", "tokens", len(params.logit_bias or ()), MOST_BIASED_TOKENS),
+        ("stop_token_ids", "tokens beside min_tokens, end tokens included,", len(stops), MOST_STOP_TOKENS),
+        ("bad_words", "tokens in all", sum(map(len, bad_words)), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS),
+    ):  # fmt: skip
+        if count > most:
+            raise VLLMValidationError(
+                f"{name} has {count} {what} and a request can have {most}: name fewer",
+                parameter=name,
+            )
