@@ -27,6 +27,7 @@ from vllm_griffin.kernels.verify import Walk
 from vllm_griffin.model.draft import GriffinDraftModel, connect_draft, load_draft_model
 from vllm_griffin.model.level import TreeLevel
 from vllm_griffin.runner.extend import ExtendBatch, plan_extend
+from vllm_griffin.runner.levels import level_positions, level_rows
 from vllm_griffin.runner.model_state import GriffinModelState, VerifierSlot
 from vllm_griffin.tree import DraftTrees, Frontier, TreeGrower, top_children
 
@@ -244,16 +245,15 @@ class TreeSpeculator(DraftModelSpeculator):
         frontier = grower.begin(*self._children(predict, k))
         features = regress.unsqueeze(1).expand(-1, k, -1)
         scratch = self._scratch(batch, grower)
-        # A tree of few nodes is at most that deep.
-        for depth in range(1, min(grower.levels, size)):
-            level = self._level(extend, frontier, grower, scratch, depth)
-            # Slot p - 1 + depth of the draft pairs the parent's feature with the node's token.
-            positions = (extend.prefix_lens.long() - 1 + depth).clamp(max=self.max_model_len - 1)
+        # A tree of few nodes is at most that deep, and its last level is not expanded.
+        expanded = min(grower.levels, size) - 1
+        positions = level_positions(extend.prefix_lens, k, expanded, self.max_model_len)
+        for i in range(expanded):
             predict, regress = self.model(
                 frontier.tokens.flatten(),
-                positions.repeat_interleave(k, output_size=batch * k),
+                positions[i],
                 features.reshape(batch * k, -1),
-                level,
+                self._level(extend, frontier, grower, scratch, i),
             )
             logprobs, tokens = self._children(predict, k)
             frontier = grower.advance(
@@ -290,22 +290,19 @@ class TreeSpeculator(DraftModelSpeculator):
         frontier: Frontier,
         grower: TreeGrower,
         scratch: tuple[torch.Tensor, torch.Tensor],
-        depth: int,
+        index: int,
     ) -> TreeLevel:
         batch, k = frontier.tokens.shape
-        request = torch.arange(batch, device=self.device)
-        tail_start = request * grower.scratch_size
-        place = torch.arange((depth - 1) * k, depth * k, device=self.device)
+        rows = level_rows(batch, k, grower.scratch_size, self.device)
         context = TreeContext(
             block_table=self.draft_metadata.block_table,
             prefix_lens=extend.prefix_lens,
-            q_start=(request * k).to(torch.int32),
-            num_rows=torch.full((batch,), k, dtype=torch.int32, device=self.device),
-            tail_start=tail_start,
+            q_start=rows.q_start,
+            num_rows=rows.num_rows,
+            tail_start=rows.tail_start,
             tail_bits=frontier.bits,
         )
-        write_rows = (tail_start.unsqueeze(1) + place).flatten()
-        return TreeLevel(context, *scratch, write_rows)
+        return TreeLevel(context, *scratch, rows.write_rows[index])
 
     def _dummy_propose(self, num_reqs: int, num_tokens: int) -> torch.Tensor:
         """Runs the draft once without a cache, so that memory profiling sees its largest pass."""

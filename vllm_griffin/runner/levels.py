@@ -1,0 +1,56 @@
+"""Where the rows of a draft tree's levels are, the same in every step of a batch size.
+
+Shapes: B requests of the batch, K nodes of a level, L expanded levels.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LevelRows:
+    """Rows and scratch places of all levels; a request's nodes are its next K rows of a pass."""
+
+    # [B] int32: first row of a request, and its number of rows, K
+    q_start: torch.Tensor
+    num_rows: torch.Tensor
+    # [B] int64: a request's first place in the scratch buffers
+    tail_start: torch.Tensor
+    # [L, B * K] int64: place of each row's keys and values
+    write_rows: torch.Tensor
+
+
+@functools.cache
+def level_rows(batch: int, top_k: int, scratch_size: int, device: torch.device) -> LevelRows:
+    """The layout of one batch size, made once.
+
+    Args:
+        scratch_size: Places of a request, L * K.
+    """
+    request = torch.arange(batch, device=device)
+    tail_start = request * scratch_size
+    places = tail_start.unsqueeze(1) + torch.arange(scratch_size, device=device)
+    return LevelRows(
+        q_start=(request * top_k).to(torch.int32),
+        num_rows=torch.full((batch,), top_k, dtype=torch.int32, device=device),
+        tail_start=tail_start,
+        write_rows=places.view(batch, -1, top_k).transpose(0, 1).flatten(1),
+    )
+
+
+def level_positions(
+    # [B] int32: draft keys before the tree
+    prefix_lens: torch.Tensor,
+    top_k: int,
+    num_levels: int,
+    max_model_len: int,
+) -> torch.Tensor:
+    """[L, B * K] int64: positions of the rows of levels 1 .. L.
+
+    Slot p - 1 + depth of the draft pairs the parent's feature with the node's token.
+    """
+    depth = torch.arange(num_levels, device=prefix_lens.device).unsqueeze(1)
+    positions = (prefix_lens.long() + depth).clamp(max=max_model_len - 1)
+    return positions.repeat_interleave(top_k, dim=1, output_size=len(prefix_lens) * top_k)
