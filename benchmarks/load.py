@@ -7,7 +7,7 @@ requests  2,000 clients of the tiny pair: mixed sampling parameters, lengths and
           answers, and a cache so small that requests are preempted
 leaving   the same, and one client of ten leaves early
 smollm2   50 clients of SmolLM2-135M-Instruct and its draft, one of ten leaving
-soak      the same 100 clients 16 times, with a trace: memory and trace must not grow
+soak      the same 100 clients 48 times, with a trace: memory and trace must not grow
 kill      the engine core, then a worker, is killed in mid-stream
 
 *Wrong* differs from the engine without speculation (same runner, same seeds, float32) in tokens, text,
@@ -94,7 +94,7 @@ def soak_part(folder: Path) -> dict[str, Any]:
     wanted = expected("tiny", clients)
     trace, log = folder / "trace.jsonl", folder / "server.log"
     with serve(target, {"model": str(draft), **SPEC}, flat(LIMITS), log, trace) as server:
-        record = soak(server, clients, wanted, 16, trace)
+        record = soak(server, clients, wanted, 48, trace)
     still = record["memory_growth_bytes_per_request"] < MEMORY_PER_REQUEST
     still &= record["trace_growth"] < TRACE_GROWTH
     bad = any(record[what] for what in ("wrong", "lost", "hung", "rounds_not_idle"))
