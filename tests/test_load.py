@@ -156,7 +156,7 @@ def test_a_client_knows_what_became_of_its_answer(how: str, end: str, error: str
     assert how == "refuses" or answer.choices[0].tokens == [7]
 
 
-def test_growth_is_that_of_the_last_quarter() -> None:
-    filling = [0, 50, 90, 100, 110, 115]
-    assert growth([*filling, 120, 120]) == 0
-    assert growth([*filling, 120, 130]) == 10
+def test_growth_is_that_of_most_rounds() -> None:
+    filling = [0, 50, 90, 100, 110]
+    assert growth([*filling, 115, 115, 115, 130, 130]) == 0
+    assert growth([*filling, 117, 124, 131, 138, 145]) == 7

@@ -5,8 +5,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from statistics import linear_regression
+from statistics import fmean, median
 from typing import Any
 
 from tests.load.client import visit_all
@@ -87,8 +88,8 @@ def soak(
     """The same clients again and again; memory and trace are looked at after each round.
 
     Returns:
-        A record: counts of all rounds, bytes of memory after each, bytes of trace per request of
-        each, and by how much the last quarter of either grows.
+        A record: counts of all rounds, bytes of memory after each and their `growth`, bytes of trace
+        per request of each, and by what share the second half's are more than the first's.
     """
     totals: Counter[str] = Counter()
     memory, traced, began = [], [], time.perf_counter()
@@ -104,11 +105,14 @@ def soak(
         "memory_bytes": memory,
         "memory_growth_bytes_per_request": round(growth(memory) / len(clients)),
         "trace_bytes_per_request": traced,
-        "trace_growth": round(growth(traced) / traced[-1] * len(traced) / 4, 4),
+        "trace_growth": round(fmean(traced[rounds // 2 :]) / fmean(traced[: rounds // 2]) - 1, 4),
     }
 
 
 def growth(values: Sequence[float]) -> float:
-    """Slope of a line through the last quarter, per value: before that, caches fill."""
-    quarter = values[-(len(values) // 4) :]
-    return linear_regression(range(len(quarter)), quarter).slope
+    """Median step from a value to the next in the second half.
+
+    What leaks with every request grows in every round; caches that fill, in some.
+    """
+    half = values[len(values) // 2 :]
+    return median(b - a for a, b in pairwise(half))
