@@ -28,6 +28,7 @@ def main():
         answers = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         outputs.append([list(answer.outputs[0].token_ids) for answer in answers])
     print(json.dumps(outputs))
+    llm.llm_engine.engine_core.shutdown()
 
 if __name__ == "__main__":
     main()
@@ -50,7 +51,7 @@ def generate(prompts, settings, **variables):
         env=os.environ | variables,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     # An engine in a process of its own prints to the same place.
