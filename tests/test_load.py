@@ -1,6 +1,7 @@
 """A small cut of `benchmarks/load.py`: load, clients that leave, and a death in mid-stream."""
 
 import asyncio
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ def prompt() -> DrawPrompt:
 
 @pytest.fixture(scope="module")
 def clients(prompt: DrawPrompt) -> list[Visit]:
-    return visits(prompt, 60, seed=6, leaving=0.1)
+    """All at once: how many are preempted, and who leaves, must not hang on the machine's speed."""
+    found = visits(prompt, 60, seed=6, leaving=0.3)
+    return [dataclasses.replace(visit, pause=0.0) for visit in found]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,8 @@ def test_nothing_is_wrong_lost_or_hung(
     verdict, record = load_round(server, clients, wanted)
     assert verdict.clean, verdict.notes
     assert verdict.complete + verdict.left == len(clients)
-    assert verdict.left > 2, "clients that stay prove nothing about those that leave"
+    at_once = sum(visit.stream and visit.leaves == 0 for visit in clients)
+    assert verdict.left >= at_once > 2, "clients that stay prove nothing about those that leave"
     assert record["preempted"] > 0, "the cache is too large for this test"
     assert record["acceptance_length"] > 1.3
     assert not any(record["left_over"].values()), record["left_over"]

@@ -4,6 +4,8 @@ Model Runner V2 keeps parameters of a request in arrays of fixed size and type. 
 their limits; what exceeds them raises in the worker, and all requests in flight end with it.
 """
 
+from numbers import Integral
+
 from vllm import SamplingParams, envs
 from vllm.exceptions import VLLMValidationError
 
@@ -13,7 +15,7 @@ MOST_BIASED_TOKENS = 1024
 MOST_STOP_TOKENS = 128
 # RequestState.max_seq_len is an int32, a seed an int64.
 LONGEST_TEXT = 2**31 - 1
-LARGEST_SEED = 2**63 - 1
+SMALLEST_SEED, LARGEST_SEED = -(2**63), 2**63 - 1
 
 
 def check_request(params: SamplingParams, prompt_tokens: int) -> None:
@@ -27,19 +29,19 @@ def check_request(params: SamplingParams, prompt_tokens: int) -> None:
         VLLMValidationError: names the parameter, the limit, and what to do.
     """
     seed = params.seed
-    if seed is not None and not (isinstance(seed, int) and abs(seed) <= LARGEST_SEED):
+    fits = isinstance(seed, Integral) and SMALLEST_SEED <= seed <= LARGEST_SEED
+    if seed is not None and not fits:
         raise VLLMValidationError(
-            f"seed must be an integer between -{LARGEST_SEED} and {LARGEST_SEED}, got {seed!r}",
+            f"seed must be an integer between {SMALLEST_SEED} and {LARGEST_SEED}, got {seed!r}",
             parameter="seed",
         )
-    for name in ("max_tokens", "min_tokens"):
-        length = getattr(params, name)
-        if length is not None and prompt_tokens + length > LONGEST_TEXT:
-            raise VLLMValidationError(
-                f"{name}={length} and a prompt of {prompt_tokens} tokens exceed a text's longest length, "
-                f"{LONGEST_TEXT}: lower {name}",
-                parameter=name,
-            )
+    # By now it is set, and vLLM has held min_tokens against it.
+    if params.max_tokens is not None and prompt_tokens + params.max_tokens > LONGEST_TEXT:
+        raise VLLMValidationError(
+            f"max_tokens={params.max_tokens} and a prompt of {prompt_tokens} tokens exceed a text's longest "
+            f"length, {LONGEST_TEXT}: lower max_tokens",
+            parameter="max_tokens",
+        )
     bad_words = params.bad_words_token_ids or []
     # Stop tokens are kept only for `min_tokens`, which forbids them for a while.
     stops = params.all_stop_token_ids if params.min_tokens else ()

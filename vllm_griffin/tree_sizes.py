@@ -136,11 +136,11 @@ class TreeSizes:
     def __getitem__(self, batch: int) -> int:
         """Nodes that a step of `batch` requests drafts for each; asked once a step."""
         size = self.at(batch)
+        if size is None:
+            return 0
         running = self.scheduler.running
         with_holes = sum(self.holes[r.request_id] > HOLES for r in running)
-        if size is None or 2 * with_holes > len(running):
-            return 0
-        return size.next_nodes()
+        return 0 if 2 * with_holes > len(running) else size.next_nodes()
 
     def at(self, batch: int) -> BatchSize | None:
         """Who judges batches of this size; None where start-up chose nothing."""

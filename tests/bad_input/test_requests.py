@@ -116,7 +116,7 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
     ),
     "seed beyond 64 bits": (
         {"seed": 2**63},
-        "seed must be an integer between -9223372036854775807 ...",
+        "seed must be an integer between -9223372036854775808 ...",
     ),
     "a word as seed": ({"seed": "a"}, "seed must be an integer between ... got 'a' ..."),
     "endless": (
@@ -124,8 +124,8 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
         "max_tokens=1099511627776 and a prompt of ... tokens exceed a text's longest length, ...",
     ),
     "at least endless": (
-        {"max_tokens": 2**31, "min_tokens": 2**31},
-        "max_tokens=2147483648 and a prompt of ...",
+        {"max_tokens": None, "min_tokens": 2**31},
+        "min_tokens must be less than or equal to max_tokens=..., got 2147483648.",
     ),
     "too many allowed": (
         {"allowed_token_ids": list(range(1025))},
@@ -270,7 +270,7 @@ def test_limits_are_the_workers() -> None:
 
 def test_as_much_as_the_worker_holds_is_taken() -> None:
     params = SamplingParams(
-        seed=-request_limits.LARGEST_SEED,
+        seed=request_limits.SMALLEST_SEED,
         max_tokens=request_limits.LONGEST_TEXT - 7,
         min_tokens=1,
         allowed_token_ids=list(range(1024)),

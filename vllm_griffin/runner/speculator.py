@@ -139,14 +139,14 @@ class TreeSpeculator(DraftModelSpeculator):
             return self.draft_tokens[:num_reqs]
         if input_batch.num_draft_tokens > 0:
             self._compact_target_cache(input_batch, slot_mappings, walk)
-        if size == 0 and self.adaptive and not input_batch.has_prefill:
-            # The draft's cache keeps a hole here; `TreeSizes` counts it.
+        if size == 0:
             self.trees.clear(input_batch.idx_mapping)
-            return self.draft_tokens[:num_reqs]
+            if self.adaptive and not input_batch.has_prefill:
+                # The draft's cache keeps a hole here; `TreeSizes` counts it.
+                return self.draft_tokens[:num_reqs]
         extend = plan_extend(input_batch, walk, num_sampled, self.max_path)
         predict, regress = self._extend(input_batch, extend, slot_mappings, last_hidden_states)
         if size == 0:
-            self.trees.clear(input_batch.idx_mapping)
             return self.draft_tokens[:num_reqs]
         tree = self._grow(extend, predict[extend.last_rows], regress[extend.last_rows], size)
         self.trees.store(input_batch.idx_mapping, tree, num_sampled > 0)
