@@ -27,6 +27,10 @@ import triton.language as tl
 from vllm_griffin.kernels.backend import interpreted, use_triton
 from vllm_griffin.kernels.packed_bits import unpack_bits
 
+# Splitting a prefix pays from so many keys a part on; more parts cost more to merge than they win.
+SPLIT_KEYS = 256
+MOST_SPLITS = 32
+
 
 @dataclass(frozen=True)
 class TreeContext:
@@ -207,8 +211,10 @@ def _tree_attention_kernel(
     tail_start_ptr,
     # [B, R, W]
     tail_bits_ptr,
-    # [T, H, D]
+    # [T, H, D]; split: [SPLITS, B * R, H, D] float32, a part of the result each
     out_ptr,
+    # split: [SPLITS, B * R, H] float32, base-2 logarithm of a part's sum of weights
+    weight_ptr,
     scale_log2,
     q_token_stride,
     q_head_stride,
@@ -228,23 +234,30 @@ def _tree_attention_kernel(
     bits_request_stride,
     bits_row_stride,
     bits_word_stride,
-    out_token_stride,
+    out_split_stride,
+    out_row_stride,
     out_head_stride,
+    weight_split_stride,
+    weight_row_stride,
+    max_rows,
     block_size,
     head_dim,
     num_tail_keys,
+    SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program a request, block of rows and key head.
+    """One program a request, block of rows, key head and split of the prefix.
 
-    The query heads of the key head are rows of the block too, so keys are read once a group.
+    The query heads of the key head are rows of the block too, so keys are read once a group. The
+    last split, never longer than the others, has the tail as well.
     """
     request = tl.program_id(0)
-    kv_head = tl.program_id(2).to(tl.int64)
+    kv_head = (tl.program_id(2) // SPLITS).to(tl.int64)
+    split = tl.program_id(2) % SPLITS
     num_rows = tl.load(num_rows_ptr + request)
     if tl.program_id(1) * BLOCK_M >= num_rows * GROUP:
         return
@@ -266,7 +279,10 @@ def _tree_attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_base = k_cache_ptr + kv_head * k_head_stride + d[:, None] * k_dim_stride
     v_base = v_cache_ptr + kv_head * v_head_stride + d[None, :] * v_dim_stride
-    for start in range(0, prefix_len, BLOCK_N):
+    blocks_per_split = tl.cdiv(tl.cdiv(prefix_len, BLOCK_N), SPLITS)
+    first_key = split * blocks_per_split * BLOCK_N
+    end_key = tl.minimum(first_key + blocks_per_split * BLOCK_N, prefix_len)
+    for start in range(first_key, end_key, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         cached = key < prefix_len
         block = block_table_ptr + request * block_table_stride + key // block_size
@@ -284,7 +300,7 @@ def _tree_attention_kernel(
     bits_base = tail_bits_ptr + request * bits_request_stride + row * bits_row_stride
     k_base = k_tail_ptr + kv_head * k_tail_head_stride + d[:, None]
     v_base = v_tail_ptr + kv_head * v_tail_head_stride + d[None, :]
-    for start in range(0, num_tail_keys, BLOCK_N):
+    for start in range(0, tl.where(split == SPLITS - 1, num_tail_keys, 0), BLOCK_N):
         # BLOCK_N divides 64: a block of keys lies in one word.
         word = tl.load(bits_base + (start // 64) * bits_word_stride, mask=is_row, other=0)
         shift = (start % 64 + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -298,9 +314,87 @@ def _tree_attention_kernel(
         v = tl.load(v_base + (key * v_tail_token_stride)[:, None], mask=v_mask, other=0.0)
         top, total, acc = _attend_block(q, k, v, visible, scale_log2, top, total, acc, UPCAST)
 
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    out_offset = (token * out_token_stride + head * out_head_stride)[:, None] + d[None, :]
+    total = tl.where(total == 0.0, 1.0, total)
+    acc = acc / total[:, None]
+    if SPLITS > 1:
+        token = request.to(tl.int64) * max_rows + row
+        weight = weight_ptr + split * weight_split_stride + token * weight_row_stride + head
+        tl.store(weight, top + tl.log2(total), mask=is_row)
+    out_ptr += split.to(tl.int64) * out_split_stride
+    out_offset = (token * out_row_stride + head * out_head_stride)[:, None] + d[None, :]
     tl.store(out_ptr + out_offset, acc, mask=is_row[:, None] & is_dim[None, :])
+
+
+@triton.jit
+def _merge_splits_kernel(
+    # [SPLITS, B * R, H, D] float32
+    part_ptr,
+    # [SPLITS, B * R, H] float32
+    weight_ptr,
+    # [B]
+    q_start_ptr,
+    num_rows_ptr,
+    # [T, H, D]
+    out_ptr,
+    num_heads,
+    head_dim,
+    max_rows,
+    total_rows,
+    out_token_stride,
+    out_head_stride,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program a request and block of (row, head): the parts, weighted by their sums of weights."""
+    request = tl.program_id(0)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, head = m // num_heads, m % num_heads
+    num_rows = tl.load(num_rows_ptr + request)
+    if tl.program_id(1) * BLOCK_M >= num_rows * num_heads:
+        return
+    is_row = row < num_rows
+    d = tl.arange(0, BLOCK_D)
+    mask = is_row[:, None] & (d < head_dim)[None, :]
+    place = request.to(tl.int64) * max_rows * num_heads + m
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for _ in range(SPLITS):
+        weight = tl.load(weight_ptr + place, mask=is_row, other=float("-inf"))
+        part = tl.load(part_ptr + place[:, None] * head_dim + d[None, :], mask=mask, other=0.0)
+        new_top = tl.maximum(top, weight)
+        # No key in any split so far: -inf - -inf would be NaN.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        grown, shrink = tl.exp2(weight - base), tl.exp2(top - base)
+        total = total * shrink + grown
+        acc = acc * shrink[:, None] + part * grown[:, None]
+        top = new_top
+        place += total_rows * num_heads
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    token = tl.load(q_start_ptr + request).to(tl.int64) + row
+    out_offset = (token * out_token_stride + head * out_head_stride)[:, None] + d[None, :]
+    tl.store(out_ptr + out_offset, acc, mask=mask)
+
+
+def num_splits(programs: int, max_keys: int, multiprocessors: int) -> int:
+    """Into how many parts a prefix is split, so that each multiprocessor has a program.
+
+    A function of shapes and machine alone, so that a captured graph holds it.
+
+    Args:
+        programs: Programs without a split.
+        max_keys: Longest prefix that the block table can hold.
+    """
+    useful = min(multiprocessors // programs, max_keys // SPLIT_KEYS, MOST_SPLITS)
+    # A power of two: the kernel is compiled for each number.
+    return 1 << (max(useful, 1).bit_length() - 1)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """The interpreter runs one program after the other."""
+    return 1 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tree_attention_triton(
@@ -318,8 +412,13 @@ def tree_attention_triton(
     scale: float,
     # [T, H, D]
     out: torch.Tensor,
+    splits: int | None = None,
 ) -> None:
-    """`tree_attention` in one launch."""
+    """`tree_attention` in one launch, or in two with the prefix in `splits` parts at a time.
+
+    Args:
+        splits: None: as `num_splits` says.
+    """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     batch, max_rows, words = context.tail_bits.shape
     group = q.shape[1] // num_kv_heads
@@ -329,20 +428,38 @@ def tree_attention_triton(
     block_m = max(16, min(64, largest, triton.next_power_of_2(max_rows * group)))
     if batch == 0 or max_rows == 0:
         return
-    _tree_attention_kernel[(batch, triton.cdiv(max_rows * group, block_m), num_kv_heads)](
+    row_blocks = triton.cdiv(max_rows * group, block_m)
+    if splits is None:
+        max_keys = context.block_table.shape[1] * block_size
+        programs = batch * row_blocks * num_kv_heads
+        splits = num_splits(programs, max_keys, _multiprocessors(q.device))
+    part, weight = out.unsqueeze(0), out
+    if splits > 1:
+        shape = (splits, batch * max_rows, q.shape[1], head_dim)
+        part = torch.empty(shape, dtype=torch.float32, device=q.device)
+        weight = torch.empty(shape[:3], dtype=torch.float32, device=q.device)
+    _tree_attention_kernel[(batch, row_blocks, num_kv_heads * splits)](
         q, k_cache, v_cache, k_tail, v_tail, context.block_table, context.prefix_lens,
-        context.q_start, context.num_rows, context.tail_start, context.tail_bits, out,
+        context.q_start, context.num_rows, context.tail_start, context.tail_bits, part, weight,
         scale * math.log2(math.e),
         *q.stride()[:2], *k_cache.stride(), *v_cache.stride(),
         *k_tail.stride()[:2], *v_tail.stride()[:2],
-        context.block_table.stride(0), *context.tail_bits.stride(), *out.stride()[:2],
-        block_size, head_dim, 64 * words,
-        GROUP=group, BLOCK_M=block_m, BLOCK_N=64 if q.itemsize == 2 else 32, BLOCK_D=block_d,
+        context.block_table.stride(0), *context.tail_bits.stride(), *part.stride()[:3],
+        *weight.stride()[:2], max_rows, block_size, head_dim, 64 * words,
+        SPLITS=splits, GROUP=group,
+        BLOCK_M=block_m, BLOCK_N=64 if q.itemsize == 2 else 32, BLOCK_D=block_d,
         # The interpreter multiplies bfloat16 as the integers it keeps them in.
         UPCAST=interpreted(),
         # Two stages of keys and values must fit in the shared memory of small GPUs.
         num_stages=2 if block_d * q.itemsize < 512 else 1,
     )  # fmt: skip
+    if splits > 1:
+        merged = 16
+        _merge_splits_kernel[(batch, triton.cdiv(max_rows * q.shape[1], merged))](
+            part, weight, context.q_start, context.num_rows, out,
+            q.shape[1], head_dim, max_rows, batch * max_rows, *out.stride()[:2],
+            SPLITS=splits, BLOCK_M=merged, BLOCK_D=block_d,
+        )  # fmt: skip
 
 
 def tree_attention(

@@ -13,9 +13,12 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def benchmark(output: Path, script: str, *arguments: str) -> dict[str, Any]:
+def benchmark(
+    output: Path, script: str, *arguments: str, passed_on: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """The JSON that a benchmark writes, beside its table."""
     command = [sys.executable, str(BENCHMARKS / script), *arguments, "--output", str(output)]
+    command += ["--", *passed_on] if passed_on else []
     environment = os.environ | {"VLLM_GRIFFIN_CPU": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -82,3 +85,53 @@ def test_decode_rates_of_a_shape(tmp_path: Path) -> None:
         assert rows["no speculation", batch]["tokens_per_step"] == 1.0
         assert tree["speedup"] > 0
     assert (tmp_path / "shape.png").stat().st_size > 5000
+
+
+def test_times_of_kernels(tmp_path: Path) -> None:
+    """Every op at toy size; on a CPU that is no result."""
+    record = benchmark(
+        tmp_path / "kernels.json",
+        "kernels.py",
+        *("--hidden", "64", "--layers", "2", "--heads", "4", "2", "--head-dim", "32"),
+        *("--tree", "7,3,3", "--batches", "1,2", "--contexts", "20,40", "--repeats", "2"),
+        *("--block-size", "32", "--dtype", "float32"),
+    )
+    rows = record["rows"]
+    assert {row["op"] for row in rows} == {
+        *("tree attention", "advance frontier", "order tree", "walk", "path ranks"),
+        *("KV compaction", "fusion norms"),
+    }
+    attention = [row for row in rows if row["op"] == "tree attention"]
+    assert [(row["batch"], row["context"]) for row in attention] == [
+        (batch, context) for batch in (1, 2) for context in (20, 40)
+    ]
+    # keys and values of the context, then queries, outputs, the tree's own keys and values, its bits
+    assert attention[0]["bytes"] == 4 * (2 * 20 * 2 * 32 + 2 * 8 * 4 * 32 + 2 * 8 * 2 * 32) + 64
+    assert all(row["ms"] > 0 and row["floor_ms"] > 0 for row in rows)
+    assert all(row["chain_ms"] > 0 for row in attention)
+
+
+def test_servers_under_load(tmp_path: Path) -> None:
+    """The tiny pair: a plain server, a chain and a tree see the same requests."""
+    models = ROOT / "examples" / "models"
+    record = benchmark(
+        tmp_path / "serve.json",
+        "serve.py",
+        *("--target", str(models / "target"), "--draft", str(models / "griffin")),
+        *("--tree", "12,4,4", "--rates", "inf", "--logs", str(tmp_path)),
+        *("--serve", "--enforce-eager --dtype float32 --max-model-len 256 --max-num-seqs 4"),
+        passed_on=(
+            *("--dataset-name", "random", "--random-input-len", "20"),
+            *("--random-output-len", "24", "--num-prompts", "6", "--ignore-eos"),
+        ),
+    )
+    rows = {row["engine"]: row for row in record["rows"]}
+    assert list(rows) == [
+        *("no speculation, runner V1", "no speculation, runner V2"),
+        *("chain 4,4,1", "tree 12,4,4"),
+    ]
+    assert all((row["completed"], row["failed"]) == (6, 0) for row in rows.values())
+    lengths = [
+        rows[name]["spec_decode_acceptance_length"] for name in ("chain 4,4,1", "tree 12,4,4")
+    ]
+    assert 1 < lengths[0] < lengths[1]

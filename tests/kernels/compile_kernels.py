@@ -48,7 +48,7 @@ def zeros(*shape: int, dtype: torch.dtype = INT) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-def tree_attention(dtype: torch.dtype, head_dim: int) -> None:
+def tree_attention(dtype: torch.dtype, head_dim: int, splits: int) -> None:
     cache, tail = zeros(5, 2, 16, head_dim, dtype=dtype), zeros(70, 2, head_dim, dtype=dtype)
     q, per_request, bits = (
         zeros(70, 6, head_dim, dtype=dtype),
@@ -56,14 +56,14 @@ def tree_attention(dtype: torch.dtype, head_dim: int) -> None:
         zeros(2, 60, 1, dtype=LONG),
     )
     context = TreeContext(zeros(2, 4), per_request, per_request, per_request, per_request, bits)
-    tree_attention_triton(q, cache, cache, tail, tail, context, 0.1, q.clone())
+    tree_attention_triton(q, cache, cache, tail, tail, context, 0.1, q.clone(), splits)
 
 
 def main(capability: int) -> None:
     driver.set_active(CompileOnly(capability))
     triton.JITFunction.run = compile_instead
-    tree_attention(torch.bfloat16, 80)
-    tree_attention(torch.float32, 64)
+    tree_attention(torch.bfloat16, 80, 1)
+    tree_attention(torch.float32, 64, 4)
     level = zeros(2, 10, 10, dtype=torch.float32), zeros(2, 10, 10, dtype=LONG)
     advance_frontier_triton(*level, level[0][:, 0], level[1][:, :, :1], 10, 10)
     pool = zeros(2, 510, dtype=LONG), zeros(2, 510, dtype=torch.float32), zeros(2, 510)

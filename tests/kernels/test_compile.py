@@ -15,6 +15,7 @@ KERNELS = {
     "_compact_kernel",
     "_emit_kernel",
     "_fusion_norms_kernel",
+    "_merge_splits_kernel",
     "_path_ranks_kernel",
     "_tree_attention_kernel",
     "_walk_kernel",

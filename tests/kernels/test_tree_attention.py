@@ -1,13 +1,17 @@
 """Tree attention: an obvious loop, the torch reference and the Triton kernel agree."""
 
+import functools
+import itertools
 from dataclasses import dataclass, field, fields
 
 import pytest
 import torch
 
+from tests.kernels.pairwise import pairs, pairwise
 from vllm_griffin.kernels.packed_bits import num_words
 from vllm_griffin.kernels.tree_attention import (
     TreeContext,
+    num_splits,
     tree_attention_reference,
     tree_attention_triton,
 )
@@ -27,6 +31,8 @@ class Case:
     tail: list[int] | None = None
     max_rows: int | None = None
     transposed_keys: bool = False
+    # Query rows before those of each request: of a prefill, or of nobody.
+    other_rows: list[int] | None = None
 
 
 CASES = {
@@ -45,6 +51,27 @@ TOLERANCES = [
     (torch.bfloat16, 1e-2, 1.6e-2),
     (torch.float16, 2e-3, 2e-3),
 ]
+TOLERANCE = {dtype: rest for dtype, *rest in TOLERANCES}
+# What a target and a batch can be; every pair of values is tested.
+FACTORS = {
+    "group": (1, 2, 4, 8),
+    "head_dim": (64, 80, 96, 128, 256),
+    "block_size": (16, 32, 64, 128),
+    "context": (0, 1, 300, 2048, 32768),
+    "rows": (2, 8, 31, 60, 65),
+    "splits": (1, 4),
+    "prefill": (False, True),
+    "dtype": (torch.float16, torch.bfloat16),
+}
+
+
+def quick(setting: dict) -> bool:
+    """Whether the interpreter is done in a few seconds: long contexts with few rows of a key head."""
+    long = setting.get("context", 0) == 32768
+    return not long or setting.get("group", 1) * setting.get("rows", 2) <= 70
+
+
+GRID = pairwise(FACTORS, quick)
 
 
 def random_bits(num_rows: int, num_tail: int, words: int) -> torch.Tensor:
@@ -95,7 +122,9 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
         for j in range(t):
             seen_by_any[starts[b] + j] = any((int(w[j // 64]) >> (j % 64)) & 1 for w in bits[b, :n])
     k_tail[~seen_by_any], v_tail[~seen_by_any] = float("nan"), float("nan")
-    q = torch.randn(sum(case.rows) + 2, heads, dim)
+    others = case.other_rows or [1] + [0] * (batch - 1)
+    q = torch.randn(sum(case.rows) + sum(others) + 1, heads, dim)
+    spans = torch.tensor([x for pair in zip(others, case.rows, strict=True) for x in pair])
     tensors = {
         "q": q.to(dtype),
         "k_cache": k_cache.to(dtype),
@@ -104,7 +133,7 @@ def build(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
         "v_tail": v_tail.to(dtype)[:, :-1],
         "block_table": table,
         "prefix_lens": torch.tensor(case.prefix, dtype=torch.int32),
-        "q_start": torch.tensor([1, *case.rows[:-1]], dtype=torch.int32).cumsum(0).int(),
+        "q_start": spans.cumsum(0)[::2].int(),
         "num_rows": torch.tensor(case.rows, dtype=torch.int32),
         "tail_start": starts[:-1],
         "tail_bits": bits,
@@ -189,15 +218,53 @@ def test_triton_is_the_reference_in_half_precision(name, dtype, atol, rtol):
     check_twins(build(CASES[name], dtype), atol, rtol)
 
 
-def check_twins(x: dict, atol: float, rtol: float) -> None:
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("name", CASES)
+def test_a_split_prefix_is_the_reference(name, splits):
+    """Also where splits have no key, or no request has as many blocks as there are splits."""
+    check_twins(build(CASES[name], torch.float32), *TOLERANCES[0][1:], splits)
+
+
+@pytest.mark.parametrize("setting", GRID, ids=[" ".join(map(str, s.values())) for s in GRID])
+def test_triton_is_the_reference_over_the_grid(setting):
+    dtype, group = setting["dtype"], setting["group"]
+    rows, context = setting["rows"], setting["context"]
+    case = Case(
+        (2 * group, 2) if context < 32768 else (group, 1),
+        setting["head_dim"],
+        setting["block_size"],
+        [context, min(context, 33)],
+        [rows, 2],
+        other_rows=[40, 7] if setting["prefill"] else None,
+    )
+    check_twins(build(case, dtype), *TOLERANCE[dtype], setting["splits"])
+
+
+def test_the_grid_holds_every_pair_of_values():
+    assert len(set().union(*map(pairs, GRID))) == sum(
+        len(a) * len(b) for a, b in itertools.combinations(FACTORS.values(), 2)
+    )
+
+
+def check_twins(x: dict, atol: float, rtol: float, splits: int = 1) -> None:
     twin = x | {"out": x["out"].clone()}
     run(tree_attention_reference, x)
-    run(tree_attention_triton, twin)
+    run(functools.partial(tree_attention_triton, splits=splits), twin)
     assert torch.isfinite(x["out"]).all()
     torch.testing.assert_close(twin["out"], x["out"], atol=atol, rtol=rtol)
-    first, last = int(x["q_start"][0]), int(x["q_start"][-1] + x["num_rows"][-1])
-    assert (twin["out"][:first] == UNTOUCHED).all()
-    assert (twin["out"][last:] == UNTOUCHED).all()
+    of_trees = torch.zeros(len(x["out"]), dtype=torch.bool, device=DEVICE)
+    for start, n in zip(x["q_start"].tolist(), x["num_rows"].tolist(), strict=True):
+        of_trees[start : start + n] = True
+    assert (twin["out"][~of_trees] == UNTOUCHED).all()
+    assert not (twin["out"][of_trees] == UNTOUCHED).any()
+
+
+@pytest.mark.parametrize(
+    ("programs", "max_keys", "splits"),
+    [(8, 32768, 16), (32, 32768, 4), (200, 32768, 1), (8, 1024, 4), (8, 64, 1), (1, 1 << 20, 32)],
+)
+def test_a_prefix_is_split_while_multiprocessors_idle(programs, max_keys, splits):
+    assert num_splits(programs, max_keys, multiprocessors=132) == splits
 
 
 @pytest.mark.parametrize("op", [tree_attention_reference, tree_attention_triton])
