@@ -59,14 +59,16 @@ class Engine:
     environment: dict[str, str | None]
 
 
-def engines(draft: str, tree: Sequence[int], eagle: str | None) -> Iterator[Engine]:
+def engines(
+    draft: str, tree: Sequence[int], eagle: str | None, baselines: Sequence[str]
+) -> Iterator[Engine]:
     """Those of one run, baselines first."""
     nodes, depth, top_k = tree
-    if CPU in os.environ:
-        # What the switch sets in its process must not reach a process without it.
-        off = dict.fromkeys((CPU, "TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER"))
-        yield Engine("no speculation, runner V1", None, off)
-    yield Engine("no speculation, runner V2", None, {})
+    # What the CPU's switch sets in its process must not reach a process without it.
+    off = dict.fromkeys((CPU, "TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER"))
+    for runner in baselines:
+        environment = off if runner == "V1" else {}
+        yield Engine(f"no speculation, runner {runner}", None, environment)
     if eagle is not None:
         spec = {"method": "eagle", "model": eagle, "num_speculative_tokens": depth}
         yield Engine("vLLM's EAGLE chain", spec, {})
@@ -130,6 +132,12 @@ def bench(url: str, target: str, rate: str, arguments: Sequence[str], log: Path)
 @click.option("--draft", required=True)
 @click.option("--eagle", help="A draft that vLLM's own EAGLE loads, for its chain.")
 @click.option("--tree", default="59,6,10", show_default=True, help="nodes,depth,top_k")
+@click.option(
+    "--baselines",
+    default="V1,V2" if CPU in os.environ else "V2",
+    show_default=True,
+    help="vLLM's runners without speculation.",
+)
 @click.option("--rates", default="1,4,inf", show_default=True, help="Requests per second.")
 @click.option("--serve", "options", default="", help="Further arguments of every server.")
 @click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path))
@@ -142,6 +150,7 @@ def main(
     draft: str,
     eagle: str | None,
     tree: str,
+    baselines: str,
     rates: str,
     options: str,
     output: Path,
@@ -151,7 +160,8 @@ def main(
     """Request rate against latency, in one run."""
     logs.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, engine in enumerate(engines(draft, [int(x) for x in tree.split(",")], eagle)):
+    shape = [int(x) for x in tree.split(",")]
+    for number, engine in enumerate(engines(draft, shape, eagle, baselines.split(","))):
         click.echo(f"starting: {engine.name}", err=True)
         with server(target, engine, options.split(), logs / f"{number}.log") as url:
             for rate in rates.split(","):

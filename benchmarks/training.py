@@ -89,9 +89,6 @@ def main(
     output: Path,
 ) -> None:
     """Tokens per second and peak memory of a training step, with and without alignment mask."""
-    from rich.console import Console
-    from rich.table import Table
-
     from vllm_griffin import provenance
 
     if target is None:
@@ -113,20 +110,26 @@ def main(
                 task = (target, data, init_from, n, changes, steps, threads)
                 runs[n, mask].append(pool.apply(measure, task))
     rows = [summary(n, mask, found) for (n, mask), found in runs.items()]
-    base = rows[0]["seconds_per_slot"]
-    table = Table("passes", "mask", "slots / s", "cost", "peak memory, MiB")
     for row in rows:
-        row["cost"] = round(row["seconds_per_slot"] / base, 3)
-        table.add_row(
-            str(row["passes"]),
-            "top 3" if row["mask"] else "none",
-            f"{1 / row['seconds_per_slot']:.0f}",
-            f"{row['cost']:.2f}",
-            f"{row['peak_bytes'] / 2**20:.0f}",
-        )
-    Console().print(table)
-    provenance.write(output, {**provenance.describe(), "rows": rows})
+        row["cost"] = round(row["seconds_per_slot"] / rows[0]["seconds_per_slot"], 3)
+    record = {**provenance.describe(), "rows": rows}
+    provenance.write(output, record)
+    page = markdown(record)
+    output.with_suffix(".md").write_text(page)
+    click.echo(page)
     plot(rows, output.with_suffix(".png"))
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table, and where it comes from."""
+    lines = ["| passes | mask | slots / s | cost | peak memory, MiB |", "|---|---|---|---|---|"]
+    for row in record["rows"]:
+        lines.append(
+            f"| {row['passes']} | {'top 3' if row['mask'] else 'none'} | "
+            f"{1 / row['seconds_per_slot']:.0f} | {row['cost']:.2f} | {row['peak_bytes'] / 2**20:.0f} |"
+        )
+    lines += ["", f"`{record['command']}`", "", f"{record['hardware']}, {record['versions']}", ""]
+    return "\n".join(lines)
 
 
 def summary(passes: int, mask: bool, runs: list[dict[str, Any]]) -> dict[str, Any]:

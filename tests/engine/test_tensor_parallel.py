@@ -31,10 +31,10 @@ KINDS = [
 
 
 def _requests() -> list[Request]:
-    requests = heldout_requests(8, 70, 24)
+    requests = heldout_requests(8, 70, 16)
     for i, request in enumerate(requests):
         request.params = SamplingParams(
-            max_tokens=24, ignore_eos=True, detokenize=False, **KINDS[i % len(KINDS)]
+            max_tokens=16, ignore_eos=True, detokenize=False, **KINDS[i % len(KINDS)]
         )
     requests[5].prompt[:64] = requests[1].prompt[:64]
     return requests
@@ -42,7 +42,7 @@ def _requests() -> list[Request]:
 
 def _unseeded() -> Request:
     """Its noise comes from each rank's own generator, so only the ranks can be compared."""
-    params = SamplingParams(max_tokens=24, ignore_eos=True, detokenize=False, temperature=1.0)
+    params = SamplingParams(max_tokens=16, ignore_eos=True, detokenize=False, temperature=1.0)
     return Request("unseeded", _requests()[0].prompt, params)
 
 

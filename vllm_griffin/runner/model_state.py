@@ -92,18 +92,29 @@ class GriffinModelState(DefaultModelState):
             return None
         num_reqs = batch.num_reqs
         num_logits_np = np.diff(batch.cu_num_logits_np)
-        num_logits = (batch.cu_num_logits[1:] - batch.cu_num_logits[:-1]).to(torch.int32)
+        num_logits = num_logits_rows(batch)
         seq_lens = batch.seq_lens[:num_reqs]
         return TreeRows(
-            q_start=(batch.query_start_loc[1 : num_reqs + 1] - num_logits).to(torch.int32),
+            q_start=root_rows(batch),
             # One row is a plain decode or the end of a prefill: causal attention is right for it.
-            num_rows=torch.where(num_logits > 1, num_logits, 0).to(torch.int32),
+            num_rows=torch.where(num_logits > 1, num_logits, 0),
             prefix_lens=(seq_lens - num_logits).to(torch.int32),
             bits=self.trees.bits[batch.idx_mapping],
             alone=bool(
                 (batch.num_scheduled_tokens == num_logits_np).all() and num_logits_np.min() > 1
             ),
         )
+
+
+def num_logits_rows(batch: InputBatch) -> torch.Tensor:
+    """[B] int32: rows of each request that have logits, its last ones."""
+    return (batch.cu_num_logits[1:] - batch.cu_num_logits[:-1]).to(torch.int32)
+
+
+def root_rows(batch: InputBatch) -> torch.Tensor:
+    """[B] int32: first row with logits of each request; the root, if it has a tree."""
+    end = batch.query_start_loc[1 : batch.num_reqs + 1]
+    return (end - num_logits_rows(batch)).to(torch.int32)
 
 
 class VerifierSlot:
