@@ -8,7 +8,6 @@ those of the tensors that go in and come out, the KV cache apart. Waits are thos
 code asks for, not vLLM's, nor those of the stand-ins for its kernels on a CPU. Counts, not times.
 """
 
-import json
 import os
 import sys
 from collections import defaultdict
@@ -20,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import click
+from common import numbers, origin, tree_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "examples" / "models"
@@ -199,10 +199,14 @@ def table(counter: Counter) -> list[dict[str, Any]]:
 @click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--target", default=MODELS / "target", type=click.Path(exists=True, path_type=Path))
 @click.option("--draft", default=MODELS / "griffin", type=click.Path(exists=True, path_type=Path))
-@click.option("--tree", default="59,6,10", show_default=True, help="nodes,depth,top_k")
+@click.option(
+    "--tree", default="59,6,10", callback=numbers, show_default=True, help="nodes,depth,top_k"
+)
 @click.option("--requests", default=2, show_default=True)
 @click.option("--steps", default=6, show_default=True)
-def main(output: Path, target: Path, draft: Path, tree: str, requests: int, steps: int) -> None:
+def main(
+    output: Path, target: Path, draft: Path, tree: list[int], requests: int, steps: int
+) -> None:
     """Count a decode step's launches, bytes and waits, by part."""
     os.environ |= {"VLLM_GRIFFIN_CPU": "1", "VLLM_GRIFFIN_KERNELS": "triton"}
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -210,8 +214,8 @@ def main(output: Path, target: Path, draft: Path, tree: str, requests: int, step
 
     from vllm_griffin import provenance
 
-    names = ("num_speculative_tokens", "tree_depth", "tree_top_k")
-    spec = dict(zip(names, map(int, tree.split(",")), strict=True))
+    made = provenance.describe()
+    spec = tree_fields(*tree)
     llm = LLM(
         str(target),
         dtype="float32",
@@ -237,14 +241,14 @@ def main(output: Path, target: Path, draft: Path, tree: str, requests: int, step
     counter.steps = steps
     rows = table(counter)
     setting = {"tree": tree, "requests": requests, "steps": steps, "target": target.name}
-    record = {"provenance": provenance.describe(), "setting": setting, "rows": rows}
+    record = {"provenance": made, "setting": setting, "rows": rows}
     provenance.write(output, record | {"waits": dict(counter.places)})
     lines = ["| part, per step | launches | MB | waits |", "|---|---|---|---|"]
     for row in rows:
         lines.append(
             f"| {row['part']} | {row['launches']:.1f} | {row['bytes'] / 1e6:.2f} | {row['waits']:.1f} |"
         )
-    output.with_suffix(".md").write_text("\n".join([*lines, "", json.dumps(setting), ""]))
+    output.with_suffix(".md").write_text("\n".join([*lines, *origin(made)]))
     click.echo("\n".join(lines))
 
 

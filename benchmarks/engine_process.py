@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-CPU = "VLLM_GRIFFIN_CPU"
-
 
 @dataclass(frozen=True)
 class Decoding:
@@ -27,11 +25,6 @@ class Decoding:
     tokens: int
     # median of a step
     step_ms: float
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second, of all requests together."""
-        return self.tokens / self.seconds
 
 
 class Engine:
@@ -133,6 +126,8 @@ def _decode(
         # The batch shrinks from here on.
         finished |= any(o.finished for o in outputs)
     llm.reset_prefix_cache()
+    if not times:
+        raise ValueError(f"max_tokens={max_tokens} leaves no step in which all requests decode")
     return {
         "steps": len(times),
         "seconds": sum(times),

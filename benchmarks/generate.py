@@ -1,12 +1,12 @@
 """Tokens per second of decoding: vLLM without speculation and trees, in turn on one machine.
 
-    python benchmarks/generate.py chat --output docs/results/cpu_chat.json
-    python benchmarks/generate.py shape --acceptance 3.5 --output docs/results/cpu_1b.json
+    python benchmarks/generate.py chat --output chat.json
+    python benchmarks/generate.py shape --acceptance 3.5 --output shape.json
 
 `chat`: a real pair on MT-bench prompts. `shape`: weights of random numbers in a Llama's shape, acceptance
 forced to a given length (vLLM's `rejection_sample_method="synthetic"`). All engines live at the same time
-and take turns, so that a noisy machine is noisy for all of them. Prints a table; writes JSON, Markdown and a
-picture.
+and take turns, so that a noisy machine is noisy for all of them. On a CPU set `VLLM_GRIFFIN_CPU=1`. Prints
+a table; writes JSON, Markdown and a picture.
 """
 
 import json
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from engine_process import CPU, Decoding, Engine
+from common import CPU, RUNNERS, numbers, origin, tree_fields
+from engine_process import Decoding, Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "examples" / "models" / "smollm2-griffin"
-PLAIN_V1, PLAIN_V2 = "no speculation, runner V1", "no speculation, runner V2"
+PLAIN = {runner: f"no speculation, runner {runner}" for runner in RUNNERS}
 # A draft vocabulary as `train` writes it, for drafts without weights.
 DRAFT_VOCABULARY = 8192
 
@@ -34,15 +35,10 @@ def engines(
     target: str, specs: dict[str, dict[str, Any]], options: dict[str, Any], logs: Path
 ) -> Iterator[dict[str, Engine]]:
     """Engines by name: the two without speculation (on a CPU; elsewhere one), and one for each spec."""
-    on_cpu = CPU in os.environ
-    plain: dict[str, dict[str, str | None]] = {PLAIN_V2: {}}
-    if on_cpu:
-        # What the switch sets in its process must not reach a process without it.
-        off = dict.fromkeys((CPU, "TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER"))
-        plain = {PLAIN_V1: off, PLAIN_V2: {}}
+    plain = [(PLAIN[r], RUNNERS[r]) for r in (RUNNERS if CPU in os.environ else ("V2",))]
     with ExitStack() as stack:
         made = {}
-        for name, environment in [*plain.items(), *((name, {}) for name in specs)]:
+        for name, environment in [*plain, *((name, RUNNERS["V2"]) for name in specs)]:
             arguments = {"model": target} | options
             if name in specs:
                 arguments["speculative_config"] = specs[name]
@@ -90,15 +86,16 @@ def measure(
 
 def is_plain(row: dict[str, Any]) -> bool:
     """Whether a row is a baseline without speculation; the better one counts as 1."""
-    return row["engine"] in (PLAIN_V1, PLAIN_V2)
+    return row["engine"] in PLAIN.values()
 
 
-def report(rows: list[dict[str, Any]], setting: dict[str, Any], output: Path) -> None:
+def report(
+    rows: list[dict[str, Any]], made: dict[str, Any], setting: dict[str, Any], output: Path
+) -> None:
     """JSON, a table and a picture, with where they come from."""
     from vllm_griffin import provenance
 
-    record = {"provenance": provenance.describe(), "setting": setting, "rows": rows}
-    provenance.write(output, record)
+    provenance.write(output, {"provenance": made, "setting": setting, "rows": rows})
     lines = [
         "| engine | batch | tokens/s (lowest - highest) | of the best without speculation | tokens a step | "
         "ms a step |",
@@ -110,9 +107,7 @@ def report(rows: list[dict[str, Any]], setting: dict[str, Any], output: Path) ->
             f"{row['highest']:.1f}) | {row['speedup']:.2f} | {row['tokens_per_step']:.2f} | "
             f"{row['step_ms']:.1f} |"
         )
-    made = record["provenance"]
-    lines += ["", f"`{made['command']}`", "", f"{made['hardware']}, {made['versions']}", ""]
-    output.with_suffix(".md").write_text("\n".join(lines))
+    output.with_suffix(".md").write_text("\n".join([*lines, *origin(made)]))
     draw(rows, output.with_suffix(".png"))
     click.echo("\n".join(lines[: 2 + len(rows)]))
 
@@ -140,20 +135,14 @@ def griffin(draft: Path, tree: str, **fields: Any) -> dict[str, Any]:
     spec = {"method": "griffin", "model": str(draft)} | fields
     if tree == "auto":
         return spec | {"num_speculative_tokens_per_batch_size": "auto"}
-    names = ("num_speculative_tokens", "tree_depth", "tree_top_k")
-    return spec | dict(zip(names, map(int, tree.split(",")), strict=True))
-
-
-def sizes(_context: click.Context, _parameter: click.Parameter, text: str) -> list[int]:
-    """Batch sizes from `1,2,4`."""
-    return [int(part) for part in text.split(",")]
+    return spec | tree_fields(*(int(part) for part in tree.split(",")))
 
 
 def common(command: Any) -> Any:
     """Options of both commands."""
     for option in (
         click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path)),
-        click.option("--batches", default="1,2,4", callback=sizes, show_default=True),
+        click.option("--batches", default="1,2,4", callback=numbers, show_default=True),
         click.option(
             "--tree", "trees", multiple=True, help="nodes,depth,top_k or auto; repeatable."
         ),
@@ -207,7 +196,8 @@ def chat(
         size: [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
         for size in settings["batches"]
     }
-    _run(target, specs, batches, settings, {"skip_tokenizer_init": False})
+    facts = {"target": Path(target).name, "draft": draft.name, "prompts": prompts}
+    _run(target, specs, batches, settings, {"skip_tokenizer_init": False}, facts)
 
 
 @main.command()
@@ -275,8 +265,11 @@ def _run(
     batches: dict[int, list[list[list[int]]]],
     settings: dict[str, Any],
     options: dict[str, Any],
-    facts: dict[str, Any] | None = None,
+    facts: dict[str, Any],
 ) -> None:
+    from vllm_griffin import provenance
+
+    made_by = provenance.describe()
     longest = max(len(prompt) for groups in batches.values() for g in groups for prompt in g)
     arguments = {
         "dtype": settings["dtype"],
@@ -288,7 +281,7 @@ def _run(
     with engines(target, specs, arguments | options, settings["logs"]) as made:
         rows = measure(made, batches, settings["max_tokens"], settings["rounds"])
     kept = {k: v for k, v in settings.items() if k not in ("output", "logs")}
-    report(rows, kept | (facts or {}), settings["output"])
+    report(rows, made_by, kept | facts | {"engines": list(specs)}, settings["output"])
 
 
 if __name__ == "__main__":

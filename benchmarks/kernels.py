@@ -3,12 +3,13 @@
     python benchmarks/kernels.py --output docs/results/kernels.json
 
 On a GPU the Triton kernels are timed, on a CPU the torch references, which are what runs there. The floor
-is the bytes that an op must read and write, over the bandwidth of a large copy on the same machine. Tree
-attention also stands beside the engine's own attention of a chain of as many rows (FlashAttention on a GPU,
-vLLM's CPU kernel on a CPU). Default shape: Llama-3-8B with its draft. Prints a table; writes JSON, Markdown
-and a picture.
+is the bytes of an op's arguments and results (of tree attention: the context and what the tree adds) over
+the bandwidth of a large copy on the same machine. Tree attention also stands beside the engine's own
+attention of a chain of as many rows (FlashAttention on a GPU, vLLM's CPU kernel on a CPU). Default shape:
+Llama-3-8B with its draft. Prints a table; writes JSON, Markdown and a picture.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 
 import click
 import torch
+from common import numbers, origin
 
 from vllm_griffin.kernels import (
     backend,
@@ -65,7 +67,7 @@ class Case:
 
     Attributes:
         run: What runs on this machine; `reference` is None where that is the reference itself.
-        bytes: Least that must be read and written.
+        bytes: What the floor is made of.
         chain: The engine's own op for a chain of as many rows.
     """
 
@@ -76,14 +78,33 @@ class Case:
     chain: Callable[[], object] | None = None
 
 
+def case(
+    op: str,
+    module: Any,
+    name: str,
+    arguments: tuple[Any, ...],
+    moved: int | None = None,
+    chain: Callable[[], object] | None = None,
+) -> Case:
+    """An op of a module of `kernels`; `moved` defaults to the bytes of arguments and results."""
+    reference, triton = (getattr(module, f"{name}_{kind}") for kind in ("reference", "triton"))
+    here = triton if backend.use_triton(DEVICE) else reference
+    if moved is None:
+        found = reference(*arguments)
+        results = [found] if isinstance(found, torch.Tensor) else found
+        moved = size(*(a for a in arguments if isinstance(a, torch.Tensor)), *results)
+    return Case(
+        op,
+        lambda: here(*arguments),
+        None if here is reference else lambda: reference(*arguments),
+        moved,
+        chain,
+    )
+
+
 def size(*tensors: torch.Tensor) -> int:
     """Bytes of all elements."""
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def tensors(found: object) -> list[torch.Tensor]:
-    """Those of a NamedTuple, or the one."""
-    return [found] if isinstance(found, torch.Tensor) else list(found)  # type: ignore[call-overload]
 
 
 def trees(shape: Shape) -> tree_order.OrderedTree:
@@ -102,34 +123,19 @@ def children(rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return logprobs, torch.arange(k, device=DEVICE).expand(rows, -1).contiguous()
 
 
-def cases(shape: Shape) -> Iterator[Case]:
-    """Every op of a step at this shape."""
-    torch.manual_seed(0)
-    yield attention_case(shape, trees(shape))
+def cases_of_any_context(shape: Shape) -> Iterator[Case]:
+    """The ops of a step that do not see the context."""
     yield from tree_cases(shape, trees(shape))
     yield compaction_case(shape)
     rows = shape.batch * shape.top_k
     wide = torch.randn(2, rows, shape.hidden, device=DEVICE).to(shape.dtype)
     arguments = (*wide, wide[0, 0], wide[1, 0], 1e-5)
-    yield case("fusion norms", token_fusion, "fusion_norms", arguments, 4 * rows * shape.hidden)
+    yield case("fusion norms", token_fusion, "fusion_norms", arguments)
 
 
-def case(op: str, module: Any, name: str, arguments: tuple[Any, ...], elements: int = 0) -> Case:
-    """From a module of `kernels`; bytes by elements, or those of arguments and results."""
-    reference, triton = (getattr(module, f"{name}_{kind}") for kind in ("reference", "triton"))
-    here = triton if backend.use_triton(DEVICE) else reference
-    given = [a for a in arguments if isinstance(a, torch.Tensor)]
-    moved = elements * given[0].itemsize or size(*given, *tensors(reference(*arguments)))
-    return Case(
-        op,
-        lambda: here(*arguments),
-        None if here is reference else lambda: reference(*arguments),
-        moved,
-    )
-
-
-def attention_case(shape: Shape, tree: tree_order.OrderedTree) -> Case:
+def attention_case(shape: Shape) -> Case:
     """Verification of trees of 1 + N rows behind a paged context."""
+    tree = trees(shape)
     total = shape.batch * shape.rows
     per_request = -(-(shape.context + shape.rows) // shape.block_size)
     blocks = shape.batch * per_request
@@ -139,21 +145,20 @@ def attention_case(shape: Shape, tree: tree_order.OrderedTree) -> Case:
     table = torch.randperm(blocks, device=DEVICE).int().view(shape.batch, per_request)
     starts = torch.arange(shape.batch, dtype=torch.int32, device=DEVICE) * shape.rows
     prefix = torch.full_like(starts, shape.context)
-    on_gpu = backend.use_triton(DEVICE)
     rows = torch.full_like(starts, shape.rows)
     context = attention.TreeContext(
-        table, prefix, starts, rows, starts, tree.bits, tail_cached=not on_gpu
+        table, prefix, starts, rows, starts, tree.bits, tail_cached=True
     )
     q = torch.randn(total, shape.heads, shape.head_dim, device=DEVICE).to(shape.dtype)
     tail = torch.randn(2, total, shape.kv_heads, shape.head_dim, device=DEVICE).to(shape.dtype)
     out, scale = torch.empty_like(q), shape.head_dim**-0.5
     arguments = (q, *views(cache, shape), *tail, context, scale, out)
     read = 2 * shape.batch * shape.context * shape.kv_heads * shape.head_dim * q.itemsize
-    run = attention.tree_attention_triton if on_gpu else attention.tree_attention_reference
-    return Case(
+    return case(
         "tree attention",
-        lambda: run(*arguments),
-        (lambda: attention.tree_attention_reference(*arguments)) if on_gpu else None,
+        attention,
+        "tree_attention",
+        arguments,
         read + size(q, tail, out, tree.bits),
         chain_attention(shape, q, cache, table, starts, prefix, out),
     )
@@ -219,11 +224,19 @@ def tree_cases(shape: Shape, tree: tree_order.OrderedTree) -> Iterator[Case]:
     grow = (logprobs, tokens, scores, bits, 0, k)
     yield case("advance frontier", tree_growth, "advance_frontier", grow)
 
+    # As grown: each level's nodes are children of the K best of the level before, by score.
     pool = k + (shape.depth - 1) * k * k
-    pool_scores = torch.randn(batch, pool, device=DEVICE).sort(1, descending=True).values
-    parents = torch.full((batch, pool), -1, dtype=torch.int32, device=DEVICE)
-    depths = torch.ones(pool, dtype=torch.int32, device=DEVICE)
-    ordered = (parents.long(), pool_scores, parents, depths, shape.nodes, shape.depth)
+    index = torch.arange(pool, device=DEVICE)
+    levels = torch.where(index < k, 0, (index - k) // (k * k) + 1)
+    first = torch.where(levels > 1, k + (levels - 2) * k * k, 0)
+    above = torch.where(levels > 0, first + (index - k) % (k * k) // k, -1)
+    parents = above.int().expand(batch, -1).contiguous()
+    pool_scores = torch.rand(batch, pool, device=DEVICE) - 1 - levels
+    pool_tokens = index.expand(batch, -1).contiguous()
+    ordered = (
+        *(pool_tokens, pool_scores, parents, (levels + 1).int()),
+        *(shape.nodes, shape.depth),
+    )
     yield case("order tree", tree_growth, "order_tree", ordered)
 
     cu = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * shape.rows
@@ -256,15 +269,7 @@ def compaction_case(shape: Shape) -> Case:
     )
     row = 2 * shape.kv_heads * shape.head_dim * layers[0].itemsize
     moved = 2 * shape.batch * shape.depth * shape.layers * row
-    on_gpu = backend.use_triton(DEVICE)
-    run = kv_compaction.compact_kv_triton if on_gpu else kv_compaction.compact_kv_reference
-    reference = kv_compaction.compact_kv_reference
-    return Case(
-        "KV compaction",
-        lambda: run(*arguments),
-        (lambda: reference(*arguments)) if on_gpu else None,
-        moved,
-    )
+    return case("KV compaction", kv_compaction, "compact_kv", arguments, moved)
 
 
 def milliseconds(run: Callable[[], object], repeats: int) -> float:
@@ -289,11 +294,6 @@ def bandwidth(repeats: int) -> float:
     return 2 * COPY_BYTES / (1e-3 * milliseconds(lambda: target.copy_(source), repeats))
 
 
-def numbers(_context: click.Context, _parameter: click.Parameter, text: str) -> list[int]:
-    """Of `1,8,32`."""
-    return [int(part) for part in text.split(",")]
-
-
 @click.command()
 @click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--hidden", default=4096, show_default=True)
@@ -304,7 +304,12 @@ def numbers(_context: click.Context, _parameter: click.Parameter, text: str) -> 
 @click.option("--tree", default="59,6,10", callback=numbers, show_default=True)
 @click.option("--batches", default="1,8,32", callback=numbers, show_default=True)
 @click.option("--contexts", default="1024,8192,32768", callback=numbers, show_default=True)
-@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+)
 @click.option("--repeats", default=20, show_default=True, help="On a CPU.")
 def main(
     output: Path,
@@ -320,26 +325,22 @@ def main(
     repeats: int,
 ) -> None:
     """All ops by batch size, attention by context too."""
+    from vllm_griffin import provenance
+
+    made = provenance.describe()
     speed = bandwidth(repeats)
     rows = []
     for batch in batches:
+        shape = Shape(
+            *(hidden, layers, *heads, head_dim, block_size, *tree, getattr(torch, dtype)),
+            *(batch, contexts[0]),
+        )
         for context in contexts:
-            shape = Shape(
-                hidden,
-                layers,
-                *heads,
-                head_dim,
-                block_size,
-                *tree,
-                getattr(torch, dtype),
-                batch,
-                context,
-            )
-            for found in cases(shape):
-                # Only attention sees the context.
-                if found.op == "tree attention" or context == contexts[0]:
-                    rows.append(measured(found, shape, speed, repeats))
-    report(rows, speed, output)
+            longer = dataclasses.replace(shape, context=context)
+            rows.append(measured(attention_case(longer), longer, speed, repeats))
+        for found in cases_of_any_context(shape):
+            rows.append(measured(found, shape, speed, repeats))
+    report(rows, speed, made, output)
 
 
 def measured(found: Case, shape: Shape, speed: float, repeats: int) -> dict[str, Any]:
@@ -356,11 +357,10 @@ def measured(found: Case, shape: Shape, speed: float, repeats: int) -> dict[str,
     }
 
 
-def report(rows: list[dict[str, Any]], speed: float, output: Path) -> None:
+def report(rows: list[dict[str, Any]], speed: float, made: dict[str, Any], output: Path) -> None:
     """JSON, a table and a picture."""
     from vllm_griffin import provenance
 
-    made = provenance.describe()
     runs = backend.describe(DEVICE)
     record = {"provenance": made, "runs": runs, "bytes_per_second": speed, "rows": rows}
     provenance.write(output, record)
@@ -378,8 +378,7 @@ def report(rows: list[dict[str, Any]], speed: float, output: Path) -> None:
             + " | ".join(ratios)
             + " |"
         )
-    lines += ["", f"{runs}; a copy moves {speed / 1e9:.1f} GB/s.", "", f"`{made['command']}`", ""]
-    lines += [f"{made['hardware']}, {made['versions']}", ""]
+    lines += ["", f"{runs}; a copy moves {speed / 1e9:.1f} GB/s.", *origin(made)]
     output.with_suffix(".md").write_text("\n".join(lines))
     draw([row for row in rows if row["chain_ms"]], output.with_suffix(".png"))
     click.echo("\n".join(lines))

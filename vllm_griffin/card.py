@@ -67,7 +67,7 @@ def write_card(
     lines += _conversion(conversion) if conversion else []
     if evaluation is not None:
         lines += _evaluation(evaluation, draft_folder)
-    lines += _serving(draft, target or "TARGET", name, serves_alone)
+    lines += _serving(target or "TARGET", name, serves_alone)
     text = HOME.sub("~", "\n".join(lines).rstrip() + "\n")
     scratch = draft_folder / "README.partial"
     scratch.write_text(text, encoding="utf-8")
@@ -255,7 +255,7 @@ def _evaluation_row(row: Mapping[str, Any]) -> str:
     )
 
 
-def _serving(draft: DraftCheckpoint, target: str, name: str, alone: bool) -> list[str]:
+def _serving(target: str, name: str, alone: bool) -> list[str]:
     """The commands; `alone`: the folder names its target (speculators layout)."""
     spec = {"method": "griffin", "model": name}
     lines = ["## Use", "", "With `vllm-griffin` installed beside vLLM:", "", "```"]

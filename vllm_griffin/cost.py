@@ -8,6 +8,7 @@ Shape letters: b requests of a batch, n nodes of a tree.
 """
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,22 +57,25 @@ def adapt(core: "EngineCore") -> None:
     )
 
 
-def context_needed(levels: int, nodes: int) -> int:
+def context_needed(levels: int, nodes: int, requests: int, tokens_per_step: int) -> int:
     """Tokens of context that the timed steps may take, if all that is drafted were accepted."""
-    return PROMPT_TOKENS + (WARM_STEPS + TIMED_STEPS) * (1 + levels) + nodes
+    prefill = math.ceil(requests * PROMPT_TOKENS / tokens_per_step)
+    return PROMPT_TOKENS + (prefill + WARM_STEPS + TIMED_STEPS) * (1 + levels) + nodes
 
 
 def choose(timer: "StepTimer", lengths: Mapping[int, float], most: int) -> list[Choice]:
     """The best tree at batch sizes 1, 2, 4 .. `most`; larger ones than the first that has none are not timed.
 
     Args:
-        timer: Gives seconds of a step by (b, n).
+        timer: Gives seconds of a step by (b, n), infinity where a step cannot hold that.
         lengths: Acceptance length by n.
         most: The engine's largest batch.
     """
     choices = []
     for batch in _powers_of_two(most):
         plain = timer.seconds(batch, 0)
+        if plain == math.inf:
+            break
         best = Choice(batch, 0, 1.0)
         slower = plain
         for nodes, length in sorted(lengths.items()):
@@ -107,27 +111,39 @@ class StepTimer:
         self.numbers = itertools.count()
 
     def seconds(self, batch: int, nodes: int) -> float:
-        """Median time of a decode step of `batch` requests with `nodes` drafted for each."""
+        """Median time of a decode step of `batch` requests with `nodes` drafted for each.
+
+        Infinity if one step cannot hold them all: by its token budget, the cache, or the context.
+        """
         core = self.core
         scheduler: Any = core.scheduler
+        if batch * (1 + nodes) > scheduler.max_num_scheduled_tokens:
+            return math.inf
         _set_drafting(core, nodes > 0)
         scheduler.dynamic_sd_lookup = [nodes] * len(scheduler.dynamic_sd_lookup)
         ids = [f"{START_UP}{next(self.numbers)}" for _ in range(batch)]
         for request_id in ids:
             core.add_request(self._request(request_id))
-        times = []
-        for step in range(WARM_STEPS + TIMED_STEPS):
+        times: list[float] = []
+        # Prompts take several steps, the more so where requests that decode already leave little room.
+        prefill = math.ceil(batch * PROMPT_TOKENS / scheduler.max_num_scheduled_tokens)
+        prefill += PROMPT_TOKENS * batch.bit_length()
+        for _ in range(prefill + WARM_STEPS + TIMED_STEPS):
             start = time.perf_counter()
-            _, executed = core.step_fn()
+            outputs, executed = core.step_fn()
             core.post_step(executed)
-            if step >= WARM_STEPS:
-                times.append(time.perf_counter() - start)
+            answered = sum(len(found.outputs) for found in (outputs or {}).values())
+            # Only steps in a row in which each request gets tokens are what is timed.
+            times = [*times, time.perf_counter() - start] if answered == batch else []
+            if len(times) == WARM_STEPS + TIMED_STEPS or not scheduler.has_requests():
+                break
         core.abort_requests(ids)
         while scheduler.has_requests() or core.batch_queue:
             _, executed = core.step_fn()
             core.post_step(executed)
         core.reset_prefix_cache()
-        return statistics.median(times)
+        complete = len(times) == WARM_STEPS + TIMED_STEPS
+        return statistics.median(times[WARM_STEPS:]) if complete else math.inf
 
     def _request(self, request_id: str) -> Request:
         prompt = list(range(PROMPT_TOKENS))

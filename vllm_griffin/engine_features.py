@@ -34,7 +34,11 @@ def _check_timing(vllm_config: VllmConfig, spec: GriffinSpeculativeConfig) -> No
         return
     from vllm_griffin.cost import context_needed
 
-    needed = context_needed(spec.tree_levels, spec.num_speculative_tokens)
+    scheduler = vllm_config.scheduler_config
+    needed = context_needed(
+        *(spec.tree_levels, spec.num_speculative_tokens),
+        *(scheduler.max_num_seqs, scheduler.max_num_batched_tokens),
+    )
     found = vllm_config.model_config.max_model_len
     if found < needed:
         raise ValueError(
@@ -115,6 +119,11 @@ def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
             "leave kv_sharing_fast_prefill off",
         ),
         ("sliding-window attention", _has_sliding_window(model), "use a full-attention target"),
+        (
+            "chunked local attention",
+            bool(getattr(text, "attention_chunk_size", None)),
+            "use a full-attention target",
+        ),
         ("multi-head latent attention", bool(model.use_mla), "use a target with MHA or GQA"),
         (
             "multimodal targets",

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+CPU = "VLLM_GRIFFIN_CPU"
 PACKAGES = ("vllm-griffin", "torch", "transformers", "accelerate", "safetensors", "triton")
 
 
@@ -20,8 +21,10 @@ def describe(seed: int | None = None) -> dict[str, Any]:
     The commit is that of the checkout that holds this package, with ``+`` if the checkout has changes;
     None where the package is no checkout.
     """
+    command = shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]])
     return {
-        "command": shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]),
+        # Without the switch the same command may do something else.
+        "command": f"{CPU}=1 {command}" if os.environ.get(CPU) == "1" else command,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "commit": _commit(),

@@ -29,10 +29,12 @@ def check_request(params: SamplingParams, prompt_tokens: int) -> None:
         VLLMValidationError: names the parameter, the limit, and what to do.
     """
     seed = params.seed
-    fits = isinstance(seed, Integral) and SMALLEST_SEED <= seed <= LARGEST_SEED
-    if seed is not None and not fits:
+    # With n > 1 each completion is a request of its own, with the next seed.
+    largest = LARGEST_SEED - (params.n - 1)
+    if seed is not None and not (isinstance(seed, Integral) and SMALLEST_SEED <= seed <= largest):
         raise VLLMValidationError(
-            f"seed must be an integer between {SMALLEST_SEED} and {LARGEST_SEED}, got {seed!r}",
+            f"seed must be an integer between {SMALLEST_SEED} and {largest}"
+            f"{f' for n={params.n}' if params.n > 1 else ''}, got {seed!r}",
             parameter="seed",
         )
     # By now it is set, and vLLM has held min_tokens against it.

@@ -135,10 +135,11 @@ class TreeSizes:
 
     def __getitem__(self, batch: int) -> int:
         """Nodes that a step of `batch` requests drafts for each; asked once a step."""
-        size = self.at(batch)
+        running = self.scheduler.running
+        # Trees of all requests may not fit into one step, which then has fewer of them.
+        size = self.at(max(batch, len(running)))
         if size is None:
             return 0
-        running = self.scheduler.running
         with_holes = sum(self.holes[r.request_id] > HOLES for r in running)
         return 0 if 2 * with_holes > len(running) else size.next_nodes()
 
@@ -150,7 +151,7 @@ class TreeSizes:
         """Counts a step that is done. Called once for each, in their order."""
         now = time.perf_counter()
         # A preempted request's text is computed anew.
-        for request_id in step.finished_req_ids | step.scheduled_cached_reqs.resumed_req_ids:
+        for request_id in step.finished_req_ids | (step.preempted_req_ids or set()):
             self.holes.pop(request_id, None)
         requests = frozenset(step.num_scheduled_tokens)
         drafted = step.num_spec_tokens_to_schedule

@@ -11,7 +11,7 @@ class Row:
 
     Attributes:
         name: As in the table.
-        trunk: Whose one-pass trunk it goes on from, see `TRUNKS`; None: all in one run.
+        trunk: Whose one-pass trunk it goes on from, see `TRUNKS`.
         flags: Of `vllm-griffin train`.
         passes: Passes of the second stage.
         seeds: One run each.
@@ -19,7 +19,7 @@ class Row:
     """
 
     name: str
-    trunk: str | None
+    trunk: str
     flags: tuple[str, ...]
     passes: int
     seeds: tuple[int, ...] = (0,)
@@ -42,7 +42,7 @@ def real_rows(cost: float) -> list[Row]:
 
     Args:
         cost: Seconds of a GRIFFIN step of three passes over those of an EAGLE step of one; EAGLE-2 gets that
-            many more steps in the row of equal time.
+            many more steps in the row of equal time. 15.2 s and 5.1 s in the rows of seed 0, one core.
     """
     return [
         Row("EAGLE-2", "eagle", ("--preset", "eagle2"), 1, MAIN),

@@ -86,7 +86,7 @@ class Study:
 
     def _trunk(self, row: Row, data: Path, seed: int) -> Path:
         trunk = self.work / f"trunk-{row.trunk}-{slug(data.name)}-{seed}"
-        flags = TRUNKS[row.trunk or "griffin"]
+        flags = TRUNKS[row.trunk]
         self._train(trunk, data, seed, f"1:{self.steps[0]}", flags, None)
         return trunk
 
@@ -135,7 +135,7 @@ def main() -> None:
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Scratch, kept.")
 @click.option("--steps", default=(300, 60), show_default=True, type=(int, int))
-@click.option("--cost", default=4.5, show_default=True, help="See rows.real_rows.")
+@click.option("--cost", default=3.0, show_default=True, help="See rows.real_rows.")
 @click.option("--seeds", default="0,1,2", callback=_seeds, show_default=True)
 @click.option("--rows", "names", help="Only these, separated by semicolons.")
 @click.option("--prompts-per-set", default=40, show_default=True)

@@ -344,7 +344,7 @@ ENGINES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no room to time steps": (
         {"max_model_len": 50, "spec": AUTO | {"tree_acceptance": {"9,3,3": 2.0}}},
-        "num_speculative_tokens_per_batch_size='auto' times steps of up to 57 tokens, and "
+        "num_speculative_tokens_per_batch_size='auto' times steps of up to 61 tokens, and "
         "max_model_len is 50: name num_speculative_tokens instead",
     ),
     "sliding window": (
@@ -417,6 +417,11 @@ TRAITS: dict[str, tuple[str, Any, str]] = {
         "encoder-decoder targets: use a decoder-only target",
     ),
     "pooling": ("model_config.runner_type", "pooling", "pooling: use runner='generate'"),
+    "chunked attention": (
+        "model_config.hf_text_config.attention_chunk_size",
+        8192,
+        "chunked local attention: use a full-attention target",
+    ),
     "soft-capping": (
         "model_config.hf_text_config.attn_logit_softcapping",
         50.0,

@@ -118,6 +118,10 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
         {"seed": 2**63},
         "seed must be an integer between -9223372036854775808 ...",
     ),
+    "last seed beyond 64 bits": (
+        {"seed": 2**63 - 1, "n": 2},
+        "seed must be an integer between ... and 9223372036854775806 for n=2, got ...",
+    ),
     "a word as seed": ({"seed": "a"}, "seed must be an integer between ... got 'a' ..."),
     "endless": (
         {"max_tokens": 2**40},

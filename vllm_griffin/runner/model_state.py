@@ -95,7 +95,7 @@ class GriffinModelState(DefaultModelState):
         num_logits = num_logits_rows(batch)
         seq_lens = batch.seq_lens[:num_reqs]
         return TreeRows(
-            q_start=root_rows(batch),
+            q_start=root_rows(batch, num_logits),
             # One row is a plain decode or the end of a prefill: causal attention is right for it.
             num_rows=torch.where(num_logits > 1, num_logits, 0),
             prefix_lens=(seq_lens - num_logits).to(torch.int32),
@@ -111,10 +111,9 @@ def num_logits_rows(batch: InputBatch) -> torch.Tensor:
     return (batch.cu_num_logits[1:] - batch.cu_num_logits[:-1]).to(torch.int32)
 
 
-def root_rows(batch: InputBatch) -> torch.Tensor:
-    """[B] int32: first row with logits of each request; the root, if it has a tree."""
-    end = batch.query_start_loc[1 : batch.num_reqs + 1]
-    return (end - num_logits_rows(batch)).to(torch.int32)
+def root_rows(batch: InputBatch, num_logits: torch.Tensor) -> torch.Tensor:
+    """[B] int32: first row with logits of each request, which has so many; the root, if it has a tree."""
+    return (batch.query_start_loc[1 : batch.num_reqs + 1] - num_logits).to(torch.int32)
 
 
 class VerifierSlot:

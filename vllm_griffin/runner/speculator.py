@@ -28,7 +28,12 @@ from vllm_griffin.model.draft import GriffinDraftModel, connect_draft, load_draf
 from vllm_griffin.model.level import TreeLevel
 from vllm_griffin.runner.extend import ExtendBatch, plan_extend
 from vllm_griffin.runner.levels import level_positions, level_rows
-from vllm_griffin.runner.model_state import GriffinModelState, VerifierSlot, root_rows
+from vllm_griffin.runner.model_state import (
+    GriffinModelState,
+    VerifierSlot,
+    num_logits_rows,
+    root_rows,
+)
 from vllm_griffin.tree import DraftTrees, Frontier, TreeGrower, top_children
 
 
@@ -182,7 +187,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self, batch: InputBatch, slot_mappings: dict[str, torch.Tensor], walk: Walk
     ) -> None:
         """Moves the accepted path's keys and values to the front of its span, in every layer."""
-        row_start = root_rows(batch)
+        row_start = root_rows(batch, num_logits_rows(batch))
         for names, caches in self._target_caches():
             compact_kv(caches, slot_mappings[names[0]], row_start, walk.path, walk.num_accepted)
 

@@ -4,7 +4,7 @@ Without that variable no object of this class exists, so a step pays nothing for
 copies its trees to the host.
 """
 
-from collections import defaultdict
+from collections import OrderedDict
 
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
@@ -12,8 +12,11 @@ from vllm_griffin.kernels.verify import Walk
 from vllm_griffin.trace import TraceRecord, open_trace
 from vllm_griffin.tree import DraftTrees
 
-# Requests of the measurement at start-up (`vllm_griffin.cost`) are nobody's.
+# Requests of the measurement at start-up (`vllm_griffin.cost`) are nobody's, nor are those of vLLM's warm-up.
 START_UP = "griffin-start-up-"
+NOBODYS = (START_UP, "_warmup_")
+# Of so many requests that left last, the number of steps is kept.
+LEFT = 1024
 
 
 class StepTrace:
@@ -21,11 +24,15 @@ class StepTrace:
 
     def __init__(self, path: str) -> None:
         self.writer = open_trace(path)
-        self.steps: defaultdict[str, int] = defaultdict(int)
+        self.steps: dict[str, int] = {}
+        self.left: OrderedDict[str, int] = OrderedDict()
 
     def forget(self, request_id: str) -> None:
-        """A finished request counts no further steps."""
-        self.steps.pop(request_id, None)
+        """A request has ended, or was preempted and will count on; here both look alike."""
+        if request_id in self.steps:
+            self.left[request_id] = self.steps.pop(request_id)
+        if len(self.left) > LEFT:
+            self.left.popitem(last=False)
 
     def record(self, batch: InputBatch, trees: DraftTrees, walk: Walk) -> None:
         """One line for each request of the batch that had a tree."""
@@ -35,14 +42,16 @@ class StepTrace:
             slot = int(batch.idx_mapping_np[b])
             first, last = (int(i) for i in batch.cu_num_logits_np[b : b + 2])
             rows = last - first
-            if rows == 1 or int(trees.num_nodes[slot]) == 0 or request_id.startswith(START_UP):
+            if rows == 1 or int(trees.num_nodes[slot]) == 0 or request_id.startswith(NOBODYS):
                 continue
+            step = self.steps.get(request_id, self.left.pop(request_id, 0))
+            self.steps[request_id] = step + 1
             accepted = int(walk.num_accepted[b])
             root_row = logit_rows[first]
             records.append(
                 TraceRecord(
                     request_id=client_request_id(request_id),
-                    step=self.steps[request_id],
+                    step=step,
                     position=int(batch.positions[root_row]),
                     tokens=[
                         int(batch.input_ids[root_row]),
@@ -55,7 +64,6 @@ class StepTrace:
                     bonus=int(walk.tokens[b, accepted - 1]),
                 )
             )
-            self.steps[request_id] += 1
         self.writer.write(records)
 
 
