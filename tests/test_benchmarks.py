@@ -118,8 +118,11 @@ def test_servers_under_load(tmp_path: Path) -> None:
         tmp_path / "serve.json",
         "serve.py",
         *("--target", str(models / "target"), "--draft", str(models / "griffin")),
-        *("--tree", "12,4,4", "--baselines", "V2", "--rates", "inf", "--logs", str(tmp_path)),
-        *("--serve", "--enforce-eager --dtype float32 --max-model-len 256 --max-num-seqs 4"),
+        *("--tree", "12,4,4", "--baseline", "V2", "--rates", "inf", "--logs", str(tmp_path)),
+        *(
+            "--server-arguments",
+            "--enforce-eager --dtype float32 --max-model-len 256 --max-num-seqs 4",
+        ),
         passed_on=(
             *("--dataset-name", "random", "--random-input-len", "20"),
             *("--random-output-len", "24", "--num-prompts", "6", "--ignore-eos"),

@@ -150,7 +150,9 @@ class StepTimer:
         params = SamplingParams(
             temperature=0.0, max_tokens=10**6, ignore_eos=True, detokenize=False
         )
-        return Request(request_id, prompt, params, None)
+        # Full blocks are cached under their hashes, as those of other requests.
+        hasher = self.core.request_block_hasher
+        return Request(request_id, prompt, params, None, block_hasher=hasher)
 
 
 def _set_drafting(core: "EngineCore", drafting: bool) -> None:

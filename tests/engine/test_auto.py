@@ -105,11 +105,8 @@ def _sizes(llm: Any) -> dict[int, int]:
     [
         # Eight trees of 16 rows do not fit into a step, so no time of theirs is one.
         ({"max_num_batched_tokens": 64}, {1: 15, 2: 15, 4: 15, 8: 0}),
-        # Nor do four, with two blocks each, into five; the sixth is vLLM's own.
-        (
-            {"num_gpu_blocks_override": 6, "block_size": 32, "max_model_len": 128},
-            {1: 15, 2: 15, 4: 0},
-        ),
+        # Nor do four requests, two blocks each, into five; the sixth is vLLM's own.
+        ({"num_gpu_blocks_override": 6, "block_size": 32, "max_model_len": 128}, {1: 15, 2: 15}),
     ],
 )
 def test_what_a_step_cannot_hold_is_not_chosen(limits: dict, sizes: dict[int, int]) -> None:
