@@ -4,9 +4,9 @@
         --dataset-name custom --dataset-path prompts.jsonl --num-prompts 200
 
 What follows `--` goes to `vllm bench serve`. One server runs at a time, with CUDA graphs where there is a
-GPU, and sees the same requests at each rate. The chain is the tree's own draft with `tree_top_k` 1; with
-`--eagle`, also vLLM's own EAGLE with a draft in its layout. On a CPU both of vLLM's runners are measured
-without speculation. Prints a table; writes JSON, Markdown and a picture.
+GPU, and sees the same requests at each rate. A tree with `tree_top_k` 1 is a chain; with `--eagle`, also
+vLLM's own EAGLE runs, with a draft in its layout. On a CPU, with `VLLM_GRIFFIN_CPU=1`, both of vLLM's runners
+are measured without speculation. Prints a table; writes JSON, Markdown and a picture.
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import click
-from common import CPU, RUNNERS, numbers, origin, tree_fields
+from common import CPU, RUNNERS, origin, tree_fields
 
 from tests.load.server import launch
 
@@ -61,18 +61,19 @@ class Engine:
 
 
 def engines(
-    draft: str, tree: Sequence[int], eagle: str | None, baselines: Sequence[str]
+    draft: str, trees: Sequence[str], eagle: str | None, baselines: Sequence[str]
 ) -> Iterator[Engine]:
     """Those of one run, baselines first."""
-    nodes, depth, top_k = tree
     for runner in baselines:
         yield Engine(f"no speculation, runner {runner}", None, RUNNERS[runner])
+    shapes = {tree: tree_fields(*(int(part) for part in tree.split(","))) for tree in trees}
     if eagle is not None:
+        depth = max(fields["tree_depth"] for fields in shapes.values())
         spec = {"method": "eagle", "model": eagle, "num_speculative_tokens": depth}
-        yield Engine("vLLM's EAGLE chain", spec, RUNNERS["V2"])
-    for name, shape in (("chain", (depth, depth, 1)), ("tree", (nodes, depth, top_k))):
-        spec = {"method": "griffin", "model": draft} | tree_fields(*shape)
-        yield Engine(f"{name} {','.join(map(str, shape))}", spec, RUNNERS["V2"])
+        yield Engine(f"vLLM's EAGLE, chain of {depth}", spec, RUNNERS["V2"])
+    for tree, fields in shapes.items():
+        spec = {"method": "griffin", "model": draft} | fields
+        yield Engine(f"tree {tree}", spec, RUNNERS["V2"])
 
 
 def server_arguments(target: str, engine: Engine, options: str) -> list[str]:
@@ -92,7 +93,9 @@ def bench(url: str, target: str, rate: str, arguments: Sequence[str], log: Path)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", CLIENT, "--base-url", url, "--model", target]
         command += ["--request-rate", rate, "--percentile-metrics", "ttft,tpot", "--save-result"]
-        command += ["--result-dir", folder, "--result-filename", "result.json", *arguments]
+        command += ["--result-dir", folder, "--result-filename", "result.json"]
+        # What the first requests have compiled is not of any rate.
+        command += ["--num-warmups", "8", *arguments]
         with log.open("a") as sink:
             if subprocess.run(command, stdout=sink, stderr=sink).returncode:
                 raise RuntimeError(f"vllm bench serve failed ({log})")
@@ -105,7 +108,12 @@ def bench(url: str, target: str, rate: str, arguments: Sequence[str], log: Path)
 @click.option("--draft", required=True)
 @click.option("--eagle", help="A draft that vLLM's own EAGLE loads, for its chain.")
 @click.option(
-    "--tree", default="59,6,10", callback=numbers, show_default=True, help="nodes,depth,top_k"
+    "--tree",
+    "trees",
+    multiple=True,
+    default=("6,6,1", "59,6,10"),
+    show_default=True,
+    help="nodes,depth,top_k; repeatable.",
 )
 @click.option(
     "--baseline",
@@ -127,7 +135,7 @@ def main(
     target: str,
     draft: str,
     eagle: str | None,
-    tree: list[int],
+    trees: tuple[str, ...],
     baselines: tuple[str, ...],
     rates: str,
     options: str,
@@ -141,13 +149,11 @@ def main(
     made = provenance.describe()
     logs.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, engine in enumerate(engines(draft, tree, eagle, baselines)):
+    for number, engine in enumerate(engines(draft, trees, eagle, baselines)):
         click.echo(f"starting: {engine.name}", err=True)
         given = server_arguments(target, engine, options)
         log = logs / f"{number}-client.log"
         with launch(given, engine.environment, logs / f"{number}.log", START_S) as server:
-            # What is compiled or allocated by the first requests is not of any rate.
-            bench(server.url, target, "inf", client, log)
             for rate in rates.split(","):
                 found = bench(server.url, target, rate, client, log)
                 kept = {k: v for k, v in found.items() if isinstance(v, int | float)}

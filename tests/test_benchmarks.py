@@ -112,26 +112,21 @@ def test_times_of_kernels(tmp_path: Path) -> None:
 
 
 def test_servers_under_load(tmp_path: Path) -> None:
-    """The tiny pair: a plain server, a chain and a tree see the same requests."""
+    """The tiny pair: a plain server and a tree see the same requests."""
     models = ROOT / "examples" / "models"
     record = benchmark(
         tmp_path / "serve.json",
         "serve.py",
         *("--target", str(models / "target"), "--draft", str(models / "griffin")),
         *("--tree", "12,4,4", "--baseline", "V2", "--rates", "inf", "--logs", str(tmp_path)),
-        *(
-            "--server-arguments",
-            "--enforce-eager --dtype float32 --max-model-len 256 --max-num-seqs 4",
-        ),
+        *("--server-arguments", "--enforce-eager --dtype float32 --max-model-len 256"),
         passed_on=(
-            *("--dataset-name", "random", "--random-input-len", "20"),
+            *("--dataset-name", "random", "--random-input-len", "20", "--num-warmups", "1"),
             *("--random-output-len", "24", "--num-prompts", "6", "--ignore-eos"),
         ),
     )
-    rows = {row["engine"]: row for row in record["rows"]}
-    assert list(rows) == ["no speculation, runner V2", "chain 4,4,1", "tree 12,4,4"]
-    assert all((row["completed"], row["failed"]) == (6, 0) for row in rows.values())
-    lengths = [
-        rows[name]["spec_decode_acceptance_length"] for name in ("chain 4,4,1", "tree 12,4,4")
-    ]
-    assert 1 < lengths[0] < lengths[1]
+    plain, tree = record["rows"]
+    assert (plain["engine"], tree["engine"]) == ("no speculation, runner V2", "tree 12,4,4")
+    assert all((row["completed"], row["failed"]) == (6, 0) for row in (plain, tree))
+    assert "spec_decode_acceptance_length" not in plain
+    assert tree["spec_decode_acceptance_length"] > 1
