@@ -13,6 +13,8 @@ from tests.load.traffic import DrawPrompt, Visit
 
 # What vLLM's server tells a client whose engine has died.
 ENGINE_DEAD = "EngineCore encountered an issue"
+# To find all clients in mid-stream.
+ATTEMPTS = 20
 ENGINE_CORE, WORKER = "VLLM::EngineCore", "VLLM::Worker"
 
 
@@ -63,10 +65,15 @@ async def _kill(
     server: Server, visits: Sequence[Visit], victim: str
 ) -> tuple[dict[str, Answer], float]:
     process = next(p for p in server.children() if p.name().startswith(victim))
-    answers = {visit.name: Answer() for visit in visits}
-    clients = asyncio.create_task(visit_all(server.url, visits, END_S, answers))
-    while not clients.done() and not all(answer.choices for answer in answers.values()):
-        await asyncio.sleep(0.05)
+    for _ in range(ATTEMPTS):
+        answers = {visit.name: Answer() for visit in visits}
+        clients = asyncio.create_task(visit_all(server.url, visits, END_S, answers))
+        while not clients.done() and not all(answer.choices for answer in answers.values()):
+            await asyncio.sleep(0.01)
+        if all(answer.end == "lost" for answer in answers.values()):
+            break
+        # On a busy machine this process may wake up when answers are whole already.
+        await clients
     process.kill()
     killed = time.monotonic()
     return await clients, killed
