@@ -1,5 +1,7 @@
 """What the benchmarks of speed share: vLLM's runners, options, and where a result comes from."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -31,3 +33,28 @@ def origin(made: dict[str, Any]) -> list[str]:
     hardware = ", ".join(f"{k} {v}" for k, v in made["hardware"].items())
     versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
     return ["", f"`{made['command']}`", "", f"{hardware}; commit {made['commit']}; {versions}", ""]
+
+
+def draw_engines(
+    rows: Sequence[dict[str, Any]],
+    x: tuple[str, str],
+    y: tuple[str, str],
+    picture: Path,
+    level: float | None = None,
+) -> None:
+    """A line for each engine; x and y: field of a row, label of the axis; a grey line at `level`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name in dict.fromkeys(row["engine"] for row in rows):
+        own = [row for row in rows if row["engine"] == name]
+        axes.plot([r[x[0]] for r in own], [r[y[0]] for r in own], marker="o", label=name)
+    if level is not None:
+        axes.axhline(level, color="grey", linewidth=0.8)
+    axes.set_xlabel(x[1])
+    axes.set_ylabel(y[1])
+    axes.legend(fontsize=8)
+    figure.savefig(picture, dpi=110)

@@ -8,6 +8,7 @@ those of the tensors that go in and come out, the KV cache apart. Waits are thos
 code asks for, not vLLM's, nor those of the stand-ins for its kernels on a CPU. Counts, not times.
 """
 
+import json
 import os
 import sys
 from collections import defaultdict
@@ -248,7 +249,9 @@ def main(
         lines.append(
             f"| {row['part']} | {row['launches']:.1f} | {row['bytes'] / 1e6:.2f} | {row['waits']:.1f} |"
         )
-    output.with_suffix(".md").write_text("\n".join([*lines, *origin(made)]))
+    output.with_suffix(".md").write_text(
+        "\n".join([*lines, "", json.dumps(setting), *origin(made)])
+    )
     click.echo("\n".join(lines))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common import CPU, RUNNERS, numbers, origin, tree_fields
+from common import CPU, RUNNERS, draw_engines, numbers, origin, tree_fields
 from engine_process import Decoding, Engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,26 +108,14 @@ def report(
             f"{row['step_ms']:.1f} |"
         )
     output.with_suffix(".md").write_text("\n".join([*lines, *origin(made)]))
-    draw(rows, output.with_suffix(".png"))
+    draw_engines(
+        rows,
+        ("batch", "requests in a batch"),
+        ("speedup", "tokens/s over the best without speculation"),
+        output.with_suffix(".png"),
+        level=1.0,
+    )
     click.echo("\n".join(lines[: 2 + len(rows)]))
-
-
-def draw(rows: list[dict[str, Any]], picture: Path) -> None:
-    """Speed-up over the best baseline, by batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name in dict.fromkeys(row["engine"] for row in rows):
-        own = [row for row in rows if row["engine"] == name]
-        axes.plot([r["batch"] for r in own], [r["speedup"] for r in own], marker="o", label=name)
-    axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set_xlabel("requests in a batch")
-    axes.set_ylabel("tokens/s over the best without speculation")
-    axes.legend(fontsize=8)
-    figure.savefig(picture, dpi=110)
 
 
 def griffin(draft: Path, tree: str, **fields: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import click
-from common import CPU, RUNNERS, origin, tree_fields
+from common import CPU, RUNNERS, draw_engines, origin, tree_fields
 
 from tests.load.server import launch
 
@@ -178,26 +178,13 @@ def report(rows: list[dict[str, Any]], made: dict[str, Any], output: Path) -> No
         )
     lines += origin(made)
     output.with_suffix(".md").write_text("\n".join(lines))
-    draw(rows, output.with_suffix(".png"))
+    draw_engines(
+        rows,
+        ("output_throughput", "output tokens/s"),
+        ("median_tpot_ms", "median time per output token, ms"),
+        output.with_suffix(".png"),
+    )
     click.echo("\n".join(lines[: 2 + len(rows)]))
-
-
-def draw(rows: list[dict[str, Any]], picture: Path) -> None:
-    """Throughput against time per token; each point is a request rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name in dict.fromkeys(row["engine"] for row in rows):
-        own = [row for row in rows if row["engine"] == name]
-        x = [row["output_throughput"] for row in own]
-        axes.plot(x, [row["median_tpot_ms"] for row in own], marker="o", label=name)
-    axes.set_xlabel("output tokens/s")
-    axes.set_ylabel("median time per output token, ms")
-    axes.legend(fontsize=8)
-    figure.savefig(picture, dpi=110)
 
 
 if __name__ == "__main__":
