@@ -183,8 +183,11 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         self.num_speculative_tokens = max(shape.nodes for shape in trees)
         self.tree_depth = max(shape.depth for shape in trees)
         self.tree_top_k = max(shape.top_k for shape in trees)
-        # What vLLM reads until the steps are timed: sizes will go by batch size, up to the largest.
-        self.num_speculative_tokens_per_batch_size = [(1, 1, self.num_speculative_tokens)]
+        # What vLLM reads until the steps are timed: sizes go by batch size, and which there are, since
+        # it captures a graph for each. The order means nothing.
+        largest, *others = sorted((shape.nodes for shape in trees), reverse=True)
+        by_batch = enumerate([largest, 0, *others], start=1)
+        self.num_speculative_tokens_per_batch_size = [(i, i, nodes) for i, nodes in by_batch]
         return trees
 
     def _resolve_tree(self, checkpoint: DraftCheckpoint) -> None:
@@ -310,6 +313,15 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         assert self.tree_acceptance is not None
         lengths = {TreeShape.parse(tree): length for tree, length in self.tree_acceptance.items()}
         return {shape.nodes: lengths[shape] for shape in self.trees}
+
+    @property
+    def tree_sizes(self) -> list[int]:
+        """Nodes of the trees that a step may be asked for, ascending."""
+        by_batch = self.num_speculative_tokens_per_batch_size
+        if by_batch is None:
+            return [self.num_speculative_tokens]
+        assert isinstance(by_batch, list), "'auto' was resolved"
+        return sorted({nodes for _, _, nodes in by_batch} - {0})
 
     @property
     def tree_levels(self) -> int:

@@ -146,9 +146,10 @@ def _with_tree(backend: Any, impl: Any, builder: Any) -> type[AttentionBackend]:
     class TreeMetadataBuilder(builder):  # type: ignore[misc]
         @classmethod
         def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
-            # The tree of a step is attached to the metadata outside of any captured region, so
-            # attention runs between piecewise graphs.
-            return AttentionCGSupport.NEVER
+            # A full graph holds tree attention alone, for batches in which every request has a
+            # tree of one size; others run between piecewise graphs.
+            support = super().get_cudagraph_support(*args, **kwargs)
+            return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda s: s.value)
 
     return type(
         f"Tree{backend.__name__}",

@@ -8,24 +8,40 @@ import torch
 from vllm_griffin.kernels.tree_attention import TreeContext
 
 
-@dataclass
+@dataclass(frozen=True)
 class TreeRows:
     """The tree rows of one batch: the last ``num_rows[b]`` query rows of request ``b``.
 
     A request without a tree in this step (a prefill chunk, a plain decode) has 0 rows and keeps
-    vLLM's causal attention.
+    vLLM's causal attention. The tensors are made once and then written to: a captured CUDA graph
+    reads them where they lie.
+
+    Shapes: B requests, R rows of the largest tree, W 64-bit words for R bits.
     """
 
-    # [num_reqs] int32: first tree row (the root) among the batch's query rows
+    # [B] int32: first tree row (the root) among the batch's query rows
     q_start: torch.Tensor
-    # [num_reqs] int32
+    # [B] int32
     num_rows: torch.Tensor
-    # [num_reqs] int32: cached keys before the root, which every row of the tree sees
+    # [B] int32: cached keys before the root, which every row of the tree sees
     prefix_lens: torch.Tensor
-    # [num_reqs, 1 + N, num_words] int64: bit j of row i = row j is row i or an ancestor of it
+    # [B, R, W] int64: bit j of row i = row j is row i or an ancestor of it
     bits: torch.Tensor
-    # The batch has no other rows, which the host knows from what was scheduled.
-    alone: bool
+
+    @classmethod
+    def empty(cls, max_num_reqs: int, bits: torch.Tensor) -> "TreeRows":
+        """Rows of no tree; ``bits`` [.., R, W] are those of the trees to come."""
+        q_start, num_rows, prefix_lens = bits.new_zeros(3, max_num_reqs, dtype=torch.int32)
+        return cls(q_start, num_rows, prefix_lens, bits.new_zeros(max_num_reqs, *bits.shape[1:]))
+
+    def of(self, num_reqs: int, max_rows: int) -> "TreeRows":
+        """The first requests, which have so many rows at most."""
+        return TreeRows(
+            self.q_start[:num_reqs],
+            self.num_rows[:num_reqs],
+            self.prefix_lens[:num_reqs],
+            self.bits[:num_reqs, :max_rows],
+        )
 
     def context(self, block_table: torch.Tensor) -> TreeContext:
         """What the rows attend to: the cache before their root, and each other."""
@@ -40,11 +56,14 @@ class TreeRows:
         )
 
 
-def attach_tree(attn_metadata: dict[str, Any], tree: TreeRows | None) -> None:
-    """Hands the tree to every layer's metadata; layers of one group share theirs."""
+def attach_tree(attn_metadata: dict[str, Any], tree: TreeRows | None, alone: bool) -> None:
+    """Hands the tree to every layer's metadata; layers of one group share theirs.
+
+    ``alone``: the batch has no other rows, which the host knows from what was scheduled.
+    """
     for metadata in {id(shared): shared for shared in attn_metadata.values()}.values():
         metadata.tree = None if tree is None else tree.context(metadata.block_table)
-        metadata.only_tree = tree is not None and tree.alone
+        metadata.only_tree = alone
 
 
 def attached_tree(attn_metadata: Any) -> TreeContext | None:

@@ -40,6 +40,8 @@ class GriffinModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.trees = trees
         self.verifier = verifier
+        slots = vllm_config.scheduler_config.max_num_seqs
+        self.rows = TreeRows.empty(slots, trees.bits)
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeVerifier]:
         """vLLM's sampler stays; its rejection sampler gives way to tree verification."""
@@ -68,7 +70,17 @@ class GriffinModelState(DefaultModelState):
     ) -> dict[str, Any]:
         """vLLM's attention metadata with the batch's trees attached."""
         attn_metadata = super().prepare_attn(input_batch, cudagraph_mode, *args, **kwargs)
-        attach_tree(attn_metadata, self._tree_rows(input_batch))
+        # vLLM names it in each of its calls.
+        if kwargs.get("for_capture"):
+            rows = self._rows_to_capture(input_batch)
+            attach_tree(attn_metadata, rows, alone=rows is not None)
+        elif input_batch.num_draft_tokens == 0:
+            attach_tree(attn_metadata, None, alone=False)
+        else:
+            num_logits = np.diff(input_batch.cu_num_logits_np)
+            alone = (input_batch.num_scheduled_tokens == num_logits).all() and num_logits.min() > 1
+            full = cudagraph_mode == CUDAGraphMode.FULL
+            attach_tree(attn_metadata, self._tree_rows(input_batch, full), bool(alone))
         return attn_metadata
 
     def prepare_inputs(
@@ -87,23 +99,38 @@ class GriffinModelState(DefaultModelState):
             input_batch.positions[rows] += depth - local
         return inputs
 
-    def _tree_rows(self, batch: InputBatch) -> TreeRows | None:
-        if batch.num_draft_tokens == 0:
-            return None
+    def _tree_rows(self, batch: InputBatch, full_graph: bool) -> TreeRows:
+        """The batch's trees; a full graph has requests more than the batch, which get no rows."""
         num_reqs = batch.num_reqs
-        num_logits_np = np.diff(batch.cu_num_logits_np)
+        max_rows = int(np.diff(batch.cu_num_logits_np).max())
         num_logits = num_logits_rows(batch)
-        seq_lens = batch.seq_lens[:num_reqs]
-        return TreeRows(
-            q_start=root_rows(batch, num_logits),
-            # One row is a plain decode or the end of a prefill: causal attention is right for it.
-            num_rows=torch.where(num_logits > 1, num_logits, 0),
-            prefix_lens=(seq_lens - num_logits).to(torch.int32),
-            bits=self.trees.bits[batch.idx_mapping],
-            alone=bool(
-                (batch.num_scheduled_tokens == num_logits_np).all() and num_logits_np.min() > 1
-            ),
-        )
+        rows = self.rows.of(num_reqs, self.rows.bits.shape[1])
+        rows.q_start.copy_(root_rows(batch, num_logits))
+        # One row is a plain decode or the end of a prefill: causal attention is right for it.
+        rows.num_rows.copy_(torch.where(num_logits > 1, num_logits, 0))
+        torch.sub(batch.seq_lens[:num_reqs], num_logits, out=rows.prefix_lens)
+        torch.index_select(self.trees.bits, 0, batch.idx_mapping, out=rows.bits)
+        padded = batch.num_reqs_after_padding if full_graph else num_reqs
+        if padded > num_reqs:
+            self.rows.num_rows[num_reqs:padded] = 0
+        return self.rows.of(padded, max_rows)
+
+    def _rows_to_capture(self, batch: InputBatch) -> TreeRows | None:
+        """Rows for the capture of a full graph of a uniform batch; None if it is one of plain decodes.
+
+        A replay has the same number of rows a request, and all of them of trees: vLLM runs batches
+        with a prefill otherwise.
+        """
+        num_rows = int(batch.num_scheduled_tokens[0])
+        assert (batch.num_scheduled_tokens == num_rows).all(), "full graphs are of uniform batches"
+        if num_rows == 1:
+            return None
+        rows = self.rows.of(batch.num_reqs, num_rows)
+        rows.q_start.copy_(batch.query_start_loc[: batch.num_reqs])
+        rows.num_rows.fill_(num_rows)
+        rows.prefix_lens.zero_()
+        rows.bits.copy_(self.trees.bits[: batch.num_reqs, :num_rows])
+        return rows
 
 
 def num_logits_rows(batch: InputBatch) -> torch.Tensor:

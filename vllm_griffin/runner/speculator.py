@@ -27,6 +27,7 @@ from vllm_griffin.kernels.verify import Walk
 from vllm_griffin.model.draft import GriffinDraftModel, connect_draft, load_draft_model
 from vllm_griffin.model.level import TreeLevel
 from vllm_griffin.runner.extend import ExtendBatch, plan_extend
+from vllm_griffin.runner.graphs import TreeGraphs, TreeStart
 from vllm_griffin.runner.levels import level_positions, level_rows
 from vllm_griffin.runner.model_state import (
     GriffinModelState,
@@ -56,6 +57,9 @@ class TreeSpeculator(DraftModelSpeculator):
         self._reloaded_target: nn.Module | None = None
         # By number of nodes
         self.growers = {t.nodes: TreeGrower(t.levels, t.width, device) for t in spec.trees}
+        # Nodes of the trees that a step may be asked for
+        self.sizes = spec.tree_sizes
+        self.graphs: TreeGraphs | None = None
         # Turned off where no tree pays at all; the draft's cache is then not kept up either.
         self.drafting = True
         self.adaptive = spec.adaptive
@@ -93,10 +97,24 @@ class TreeSpeculator(DraftModelSpeculator):
         target_model.__dict__["load_weights"] = loading
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """The draft runs eagerly."""
+        """Plans graphs of the tree levels where the target's verification gets full graphs."""
+        self.graphs = None
+        if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
+            return
+        shape = (self.max_num_reqs, self.hidden_size)
+        dtype = next(self.model.parameters()).dtype
+        buffers = TreeStart(
+            torch.zeros(shape, dtype=dtype, device=self.device),
+            torch.zeros(shape, dtype=dtype, device=self.device),
+            torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device),
+            self._block_table(),
+        )
+        self.graphs = TreeGraphs(self.vllm_config, self.device, self.sizes, self._grow, buffers)
 
     def capture(self) -> None:
-        """The draft runs eagerly."""
+        """Captures what was planned; the first draft pass, whose shape varies, runs eagerly."""
+        if self.graphs is not None:
+            self.graphs.capture_growth()
 
     @torch.inference_mode()
     def propose(
@@ -139,6 +157,10 @@ class TreeSpeculator(DraftModelSpeculator):
             tokens = self.model.draft_tokens.tolist()
             connect_draft(self.model, self._reloaded_target, self.vllm_config, tokens)
             self._reloaded_target = None
+            if self.graphs is not None:
+                # They read the head that was there before.
+                self.graphs.release_graphs()
+                self.graphs.capture_growth()
         walk = self._step_walk(input_batch, num_sampled, last_sampled, next_prefill_tokens)
         if not self.drafting:
             return self.draft_tokens[:num_reqs]
@@ -153,7 +175,13 @@ class TreeSpeculator(DraftModelSpeculator):
         predict, regress = self._extend(input_batch, extend, slot_mappings, last_hidden_states)
         if size == 0:
             return self.draft_tokens[:num_reqs]
-        tree = self._grow(extend, predict[extend.last_rows], regress[extend.last_rows], size)
+        rows = extend.last_rows
+        start = TreeStart(
+            predict[rows], regress[rows], extend.prefix_lens, self._block_table()[:num_reqs]
+        )
+        tree = None if self.graphs is None else self.graphs.replay(start, size)
+        if tree is None:
+            tree = self._grow(start, size)
         self.trees.store(input_batch.idx_mapping, tree, num_sampled > 0)
         attach_trees(input_batch, self.trees)
         return pad(tree.tokens, (0, self.num_nodes - size))
@@ -234,30 +262,34 @@ class TreeSpeculator(DraftModelSpeculator):
             slot_mappings=slots.unsqueeze(0).expand(len(self.kv_cache_config.kv_cache_groups), -1),
         )
         assert metadata is not None
-        self.draft_metadata = metadata[layer_name]
         with set_forward_context(
             metadata, self.vllm_config, num_tokens=num_rows, slot_mapping={layer_name: slots}
         ):
             return self.model(extend.input_ids, extend.positions, hidden_states[extend.hidden_rows])
 
-    def _grow(
-        self, extend: ExtendBatch, predict: torch.Tensor, regress: torch.Tensor, size: int
-    ) -> OrderedTree:
-        """Grows trees of `size` nodes from the draft's outputs at the last token; both [B, h]."""
+    def _block_table(self) -> torch.Tensor:
+        """[max_num_reqs, max_blocks] int32: blocks of the draft's cache, which vLLM writes in place."""
+        layer_name = next(iter(self.draft_attn_layer_names))
+        groups = self.kv_cache_config.kv_cache_groups
+        (group,) = [i for i, g in enumerate(groups) if layer_name in g.layer_names]
+        return self.block_tables.input_block_tables[group]
+
+    def _grow(self, start: TreeStart, size: int) -> OrderedTree:
+        """Grows trees of `size` nodes from the draft's outputs at the last token."""
         grower = self.grower_of(size)
-        batch, k = predict.shape[0], grower.top_k
-        frontier = grower.begin(*self._children(predict, k))
-        features = regress.unsqueeze(1).expand(-1, k, -1)
+        batch, k = len(start.prefix_lens), grower.top_k
+        frontier = grower.begin(*self._children(start.predict, k))
+        features = start.regress.unsqueeze(1).expand(-1, k, -1)
         scratch = self._scratch(batch, grower)
         # A tree of few nodes is at most that deep, and its last level is not expanded.
         expanded = min(grower.levels, size) - 1
-        positions = level_positions(extend.prefix_lens, k, expanded, self.max_model_len)
+        positions = level_positions(start.prefix_lens, k, expanded, self.max_model_len)
         for i in range(expanded):
             predict, regress = self.model(
                 frontier.tokens.flatten(),
                 positions[i],
                 features.reshape(batch * k, -1),
-                self._level(extend, frontier, grower, scratch, i),
+                self._level(start, frontier, grower, scratch, i),
             )
             logprobs, tokens = self._children(predict, k)
             frontier = grower.advance(
@@ -290,7 +322,7 @@ class TreeSpeculator(DraftModelSpeculator):
 
     def _level(
         self,
-        extend: ExtendBatch,
+        start: TreeStart,
         frontier: Frontier,
         grower: TreeGrower,
         scratch: tuple[torch.Tensor, torch.Tensor],
@@ -299,8 +331,8 @@ class TreeSpeculator(DraftModelSpeculator):
         batch, k = frontier.tokens.shape
         rows = level_rows(batch, k, grower.scratch_size, self.device)
         context = TreeContext(
-            block_table=self.draft_metadata.block_table,
-            prefix_lens=extend.prefix_lens,
+            block_table=start.block_table,
+            prefix_lens=start.prefix_lens,
             q_start=rows.q_start,
             num_rows=rows.num_rows,
             tail_start=rows.tail_start,

@@ -1,0 +1,118 @@
+"""Full graphs: what a replay reads are the tensors that the capture saw.
+
+A CPU has no CUDA graphs. Here a graph keeps what was captured as it was captured (metadata, slices of
+buffers, plans), and a replay runs just that again, so whatever a step hands over by another tensor
+than the captured one is missed, as it would be on a GPU.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+from vllm.config.compilation import CompilationConfig, CUDAGraphMode
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+from tests.engine.harness import Request, engine, random_prompt, run
+from vllm_griffin.kernels.tree_attention import TreeContext
+
+# Trees by batch size, and the token counts that are captured. With one size of tree a batch of two
+# requests is padded to three.
+CASES = {
+    "one size": ([[1, 64, 5]], [1, 3, 18]),
+    # A plain decode is vLLM's own graph, whose attention plan a CPU makes on the host: none here.
+    "sizes by batch": ([[1, 1, 5], [2, 64, 2]], [1, 3, 6, 9]),
+}
+
+
+class Replay:
+    """Stands for a `torch.cuda.CUDAGraph`."""
+
+    def __init__(self, forward: Callable[[CUDAGraphMode], None], name: str, log: list[str]) -> None:
+        self.forward, self.name, self.log = forward, name, log
+
+    def replay(self) -> None:
+        self.log.append(self.name)
+        self.forward(CUDAGraphMode.NONE)
+
+
+@contextlib.contextmanager
+def replaying(sizes: list[int], log: list[str]) -> Iterator[None]:
+    """Engines made inside have full graphs of these sizes; each replay is written to `log`."""
+
+    def resolve(self: CompilationConfig, *args: Any, **kwargs: Any) -> CUDAGraphMode:
+        self.cudagraph_capture_sizes = sizes
+        self.max_cudagraph_capture_size = sizes[-1]
+        self.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        return self.cudagraph_mode
+
+    def capture(self: CudaGraphManager, create: Callable, _description: str = "") -> None:
+        for desc in self._capture_descs[CUDAGraphMode.FULL]:
+            create(desc, warmup=True)(CUDAGraphMode.NONE)
+            forward = create(desc, warmup=False)
+            forward(CUDAGraphMode.NONE)
+            self.graphs[desc] = Replay(forward, f"{type(self).__name__} {desc.num_reqs}", log)
+        self._graphs_captured = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompilationConfig, "resolve_cudagraph_mode_and_sizes", resolve)
+        patch.setattr(CudaGraphManager, "capture", capture)
+        # The torch reference reads a tree's shape on the host; not once for all replays, then.
+        patch.setattr(TreeContext, "spans", property(TreeContext.__dict__["spans"].func))
+        patch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
+        yield
+
+
+def capture(llm: LLM) -> None:
+    """What `capture_model` of vLLM's runner does, without what needs a GPU."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    with torch.inference_mode():
+        runner.cudagraph_manager.capture(
+            runner.model,
+            runner.model_state,
+            runner.input_buffers,
+            None,
+            runner.block_tables,
+            runner.attn_groups,
+            runner.kv_cache_config,
+        )
+        runner.speculator.capture()
+
+
+def requests() -> list[Request]:
+    """One at once and two later, so that batches grow and shrink; greedy and seeded."""
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for i in range(3):
+        params = SamplingParams(
+            temperature=0.8 * (i % 2), seed=i, max_tokens=14, ignore_eos=True, detokenize=False
+        )
+        found.append(Request(f"r{i}", random_prompt(generator, 4 + 9 * i, 2048), params, 2 * i))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replays_give_what_eager_steps_give(case: str) -> None:
+    by_batch, sizes = CASES[case]
+    log: list[str] = []
+    spec = {"num_speculative_tokens": 5, "tree_depth": 3, "tree_top_k": 2}
+    spec["num_speculative_tokens_per_batch_size"] = by_batch
+    with (
+        replaying(sizes, log),
+        engine("tiny", spec, max_num_seqs=3, enable_prefix_caching=False) as llm,
+    ):
+        eager = run(llm, requests())
+        assert log == []
+        capture(llm)
+        replayed = run(llm, requests())
+    assert replayed.tokens == eager.tokens
+    assert replayed.steps == eager.steps
+    accepted = "vllm:spec_decode_num_accepted_tokens"
+    assert replayed.metrics[accepted] == 2 * eager.metrics[accepted] > 0
+    targets = {name for name in log if name.startswith("ModelCudaGraphManager")}
+    assert len(targets) >= 2
+    assert len({name for name in log if name.startswith("TreeGraphs")}) >= 2

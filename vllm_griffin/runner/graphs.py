@@ -1,0 +1,112 @@
+"""CUDA graphs of the draft: all levels of a batch's trees are one replay.
+
+The target's verification is captured by vLLM; this is the like for growing trees, on vLLM's own
+manager of graphs (memory pool, warm-up, tensor parallel capture, memory estimate at start-up).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+
+from vllm_griffin.kernels.tree_order import OrderedTree
+
+
+@dataclass(frozen=True)
+class TreeBatchDescriptor(BatchExecutionDescriptor):
+    """A batch of so many requests, and how many nodes each tree has."""
+
+    num_nodes: int = 0
+
+
+@dataclass(frozen=True)
+class TreeStart:
+    """What trees grow from.
+
+    Shapes: B requests, h hidden size.
+    """
+
+    # [B, h]: the draft's two outputs at the last token of the text
+    predict: torch.Tensor
+    regress: torch.Tensor
+    # [B] int32: draft keys of the text
+    prefix_lens: torch.Tensor
+    # [B, max_blocks] int32: where they are
+    block_table: torch.Tensor
+
+    def of(self, num_reqs: int) -> "TreeStart":
+        """The first requests."""
+        return TreeStart(
+            self.predict[:num_reqs],
+            self.regress[:num_reqs],
+            self.prefix_lens[:num_reqs],
+            self.block_table[:num_reqs],
+        )
+
+
+class TreeGraphs(CudaGraphManager):
+    """Growth of trees, captured for each of vLLM's batch sizes and each size of tree."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        sizes: Iterable[int],
+        grow: Callable[[TreeStart, int], OrderedTree],
+        buffers: TreeStart,
+    ) -> None:
+        """Plans the graphs.
+
+        Args:
+            sizes: Nodes of the trees that the engine may ask for.
+            grow: Captured; the trees of so many nodes from a start.
+            buffers: As many requests as the engine serves; read by the graphs at their addresses.
+                The block table is kept up by vLLM, the rest is written before each replay.
+        """
+        mode = CUDAGraphMode.FULL_DECODE_ONLY
+        super().__init__(vllm_config, device, mode, decode_query_len=1)
+        self._grow = grow
+        self._buffers = buffers
+        self._trees: dict[TreeBatchDescriptor, OrderedTree] = {}
+        sizes = sorted(sizes, reverse=True)
+        self._capture_descs = {
+            mode: [TreeBatchDescriptor(**vars(desc), num_nodes=n) for desc in descs for n in sizes]
+            for mode, descs in self._capture_descs.items()
+        }
+
+    def capture_growth(self) -> None:
+        """Captures what was planned, with empty prefixes."""
+        self._buffers.prefix_lens.zero_()
+
+        def growing(
+            desc: BatchExecutionDescriptor, warmup: bool
+        ) -> Callable[[CUDAGraphMode], None]:
+            assert isinstance(desc, TreeBatchDescriptor) and desc.num_reqs is not None
+            start = self._buffers.of(desc.num_reqs)
+
+            def forward(_mode: CUDAGraphMode) -> None:
+                self._trees[desc] = self._grow(start, desc.num_nodes)
+
+            return forward
+
+        self.capture(growing, "Capturing CUDA graphs of draft trees")
+
+    def replay(self, start: TreeStart, num_nodes: int) -> OrderedTree | None:
+        """The batch's trees, overwritten by the next replay; None if no graph is as large."""
+        num_reqs = len(start.prefix_lens)
+        found = self.dispatch(num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0)
+        desc = TreeBatchDescriptor(**vars(found), num_nodes=num_nodes)
+        if desc not in self.graphs:
+            return None
+        assert desc.num_reqs is not None
+        into = self._buffers.of(num_reqs)
+        into.predict.copy_(start.predict)
+        into.regress.copy_(start.regress)
+        into.prefix_lens.copy_(start.prefix_lens)
+        # The graph's other requests have no text, whatever their rows of the block table hold.
+        self._buffers.prefix_lens[num_reqs : desc.num_reqs].zero_()
+        self.run_fullgraph(desc)
+        return OrderedTree(*(x[:num_reqs] for x in self._trees[desc]))
