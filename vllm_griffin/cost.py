@@ -89,7 +89,8 @@ def choose(timer: "StepTimer", lengths: Mapping[int, float], most: int) -> list[
         choices.append(best)
         if best.nodes == 0:
             break
-    return choices
+    # Where not even one request can be timed, no tree is known to pay.
+    return choices or [Choice(1, 0, 1.0)]
 
 
 def describe(choices: Sequence[Choice], names: Mapping[int, str]) -> str:

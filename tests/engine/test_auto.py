@@ -76,6 +76,15 @@ def test_steps_that_cannot_hold_a_batch_are_no_choice() -> None:
     assert [(c.batch, c.nodes) for c in choices] == [(1, 59), (2, 15), (4, 15), (8, 3)]
 
 
+def test_what_cannot_be_timed_at_all_has_no_tree() -> None:
+    class Tiny(Steps):
+        def seconds(self, batch: int, nodes: int) -> float:
+            return math.inf
+
+    choices = choose(Tiny(row=0.0), LENGTHS, 8)
+    assert describe(choices, {}) == "No tree pays here: drafting is off"
+
+
 def _requests() -> list[Request]:
     generator = torch.Generator().manual_seed(4)
     requests = []
@@ -151,6 +160,8 @@ def test_sizes_have_levels_of_their_own(plain: tuple, tmp_path: Path) -> None:
         engine("golden-a", spec, trace=trace, max_num_seqs=4) as llm,
     ):
         assert _sizes(llm) == {1: 3, 2: 3, 4: 3}
+        # Whatever is chosen, vLLM captures graphs for the sizes that it was told of.
+        assert llm.llm_engine.vllm_config.speculative_config.tree_sizes == [3, 30]
         griffin = run(llm, requests)
     assert_lossless(requests, *plain, griffin)
     assert {tuple(r.depths) for r in read_trace(trace) if len(r.tokens) == 4} == {(0, 1, 1, 1)}
