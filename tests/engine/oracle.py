@@ -30,14 +30,17 @@ def oracle_trees(texts: dict[str, list[int]], vocab_size: int, seed: int = 0) ->
 
     def random_trees(self: TreeSpeculator, extend: Any, *args: Any) -> OrderedTree:
         grow(self, extend, *args)  # the draft runs all the same
-        grower = self.grower_of(args[-1])
+        *_, size, spine_first = args
+        grower = self.grower_of(size)
         names = [client_request_id(r) for r in batches[0].req_ids]
         pools = [
             _pool(grower, texts[name][position + 1 :], vocab_size, generator)
             for name, position in zip(names, extend.prefix_lens.tolist(), strict=True)
         ]
         tokens, scores, parents = (torch.stack(part) for part in zip(*pools, strict=True))
-        return order_tree(tokens, scores, parents, grower.pool_depths, args[-1], grower.levels)
+        return order_tree(
+            tokens, scores, parents, grower.pool_depths, size, grower.levels, spine_first
+        )
 
     with (
         mock.patch.object(TreeSpeculator, "propose", remember),

@@ -71,11 +71,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[VerifyStep]]:
         predict: torch.Tensor,
         regress: torch.Tensor,
         size: int,
+        spine_first: torch.Tensor | None,
     ) -> object:
         assert len(predict) == 1
         row = Row([], predict[0].clone(), regress[0].clone())
         steps.append(VerifyStep(int(extend.prefix_lens[0]), [row]))
-        return grow(self, extend, predict, regress, size)
+        return grow(self, extend, predict, regress, size, spine_first)
 
     def recording_forward(
         self: GriffinDraftModel,

@@ -3,7 +3,6 @@
 import os
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -91,18 +90,20 @@ class GriffinModelState(DefaultModelState):
         if batch.num_draft_tokens == 0:
             return None
         num_reqs = batch.num_reqs
-        num_logits_np = np.diff(batch.cu_num_logits_np)
+        num_drafts_np = batch.num_draft_tokens_per_req
+        assert num_drafts_np is not None
+        only_trees = (num_drafts_np > 0) & (batch.num_scheduled_tokens == 1 + num_drafts_np)
+        alone = bool(only_trees.all())
         num_logits = num_logits_rows(batch)
         seq_lens = batch.seq_lens[:num_reqs]
         return TreeRows(
             q_start=root_rows(batch, num_logits),
             # One row is a plain decode or the end of a prefill: causal attention is right for it.
-            num_rows=torch.where(num_logits > 1, num_logits, 0),
+            # Where all are trees it may be a tree of no nodes, which nothing else attends.
+            num_rows=num_logits if alone else torch.where(num_logits > 1, num_logits, 0),
             prefix_lens=(seq_lens - num_logits).to(torch.int32),
             bits=self.trees.bits[batch.idx_mapping],
-            alone=bool(
-                (batch.num_scheduled_tokens == num_logits_np).all() and num_logits_np.min() > 1
-            ),
+            alone=alone,
         )
 
 

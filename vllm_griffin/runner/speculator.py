@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -59,6 +60,7 @@ class TreeSpeculator(DraftModelSpeculator):
         # Turned off where no tree pays at all; the draft's cache is then not kept up either.
         self.drafting = True
         self.adaptive = spec.adaptive
+        self.shares_nodes = spec.tree_budget is not None
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -153,7 +155,10 @@ class TreeSpeculator(DraftModelSpeculator):
         predict, regress = self._extend(input_batch, extend, slot_mappings, last_hidden_states)
         if size == 0:
             return self.draft_tokens[:num_reqs]
-        tree = self._grow(extend, predict[extend.last_rows], regress[extend.last_rows], size)
+        # One budget for all trees is shared out by score; a spine is for those who can use nothing else.
+        spine_first = self.trees.spine_only[input_batch.idx_mapping] if self.shares_nodes else None
+        last = extend.last_rows
+        tree = self._grow(extend, predict[last], regress[last], size, spine_first)
         self.trees.store(input_batch.idx_mapping, tree, num_sampled > 0)
         attach_trees(input_batch, self.trees)
         return pad(tree.tokens, (0, self.num_nodes - size))
@@ -222,6 +227,7 @@ class TreeSpeculator(DraftModelSpeculator):
         buffers.positions[:num_rows] = extend.positions
         layer_name = next(iter(self.draft_attn_layer_names))
         slots = slot_mappings[layer_name][extend.slot_rows]
+        slots = slots.where(extend.slot_rows >= 0, PAD_SLOT_ID)
         self.draft_max_seq_len = self.max_model_len
         metadata = self._build_attn_metadata(
             num_reqs=num_reqs,
@@ -241,7 +247,12 @@ class TreeSpeculator(DraftModelSpeculator):
             return self.model(extend.input_ids, extend.positions, hidden_states[extend.hidden_rows])
 
     def _grow(
-        self, extend: ExtendBatch, predict: torch.Tensor, regress: torch.Tensor, size: int
+        self,
+        extend: ExtendBatch,
+        predict: torch.Tensor,
+        regress: torch.Tensor,
+        size: int,
+        spine_first: torch.Tensor | None,
     ) -> OrderedTree:
         """Grows trees of `size` nodes from the draft's outputs at the last token; both [B, h]."""
         grower = self.grower_of(size)
@@ -266,7 +277,7 @@ class TreeSpeculator(DraftModelSpeculator):
             features = regress.view(batch, k, -1).gather(
                 1, frontier.parents.long().unsqueeze(-1).expand(-1, -1, regress.shape[-1])
             )
-        return grower.finish(size)
+        return grower.finish(size, spine_first)
 
     def grower_of(self, size: int) -> TreeGrower:
         """For trees of `size` nodes: a shape of their own, or the best nodes of the largest tree's pool."""
