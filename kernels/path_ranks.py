@@ -1,7 +1,8 @@
-"""How deep each verified tree was, and which sibling the walk took at every depth.
+"""How large and how deep each verified tree was, and which sibling the walk took at every depth.
 
 For the metrics, which count on the host: these few numbers are all that it needs to know of a tree.
 
+    nodes  = rows that were verified, the root not counted, be there a tree or not
     depth  = depth of the deepest row that was verified, 0 without a tree
     rank_i = 1 + number of siblings in rows before the accepted node at depth i, 0 past the path
 
@@ -43,7 +44,8 @@ def path_ranks_reference(
     depth = torch.where(verified, depths[slots, 1:], 0).amax(1, keepdim=True)
     node, parent = path[:, 1:, None], path[:, :-1, None]
     siblings = (parents[slots, 1:].unsqueeze(1) == parent) & (rows <= node)
-    return torch.cat([depth.long(), siblings.sum(2)], dim=1)
+    nodes = cu_num_logits[1:] - cu_num_logits[:-1] - 1
+    return torch.cat([nodes.unsqueeze(1).long(), depth.long(), siblings.sum(2)], dim=1)
 
 
 @triton.jit
@@ -59,7 +61,7 @@ def _path_ranks_kernel(
     depths_ptr,
     # [S]
     num_nodes_ptr,
-    # [B, max_path]
+    # [B, 1 + max_path]
     out_ptr,
     parents_stride,
     depths_stride,
@@ -70,19 +72,20 @@ def _path_ranks_kernel(
     request = tl.program_id(0)
     slot = tl.load(idx_mapping_ptr + request).to(tl.int64)
     num_rows = tl.load(cu_num_logits_ptr + request + 1) - tl.load(cu_num_logits_ptr + request)
+    out = out_ptr + request * (1 + max_path)
+    tl.store(out, num_rows - 1)
     num_rows = tl.where(tl.load(num_nodes_ptr + slot) > 0, num_rows, 0)
     row = 1 + tl.arange(0, BLOCK)
     verified = row < num_rows
     depth = tl.load(depths_ptr + slot * depths_stride + row, mask=verified, other=0)
     parent = tl.load(parents_ptr + slot * parents_stride + row, mask=verified, other=-1)
 
-    out = out_ptr + request * max_path
-    tl.store(out, tl.max(depth, axis=0))
+    tl.store(out + 1, tl.max(depth, axis=0))
     here = tl.load(path_ptr + request * max_path)
     for step in range(1, max_path):
         node = tl.load(path_ptr + request * max_path + step)
         siblings = (parent == here) & (row <= node)
-        tl.store(out + step, tl.sum(siblings.to(tl.int32), axis=0))
+        tl.store(out + 1 + step, tl.sum(siblings.to(tl.int32), axis=0))
         here = node
 
 
@@ -101,8 +104,8 @@ def path_ranks_triton(
     num_nodes: torch.Tensor,
 ) -> torch.Tensor:
     """`path_ranks` in one launch."""
-    out = path.new_empty(path.shape, dtype=torch.int64)
     batch, max_path = path.shape
+    out = path.new_empty(batch, 1 + max_path, dtype=torch.int64)
     if batch > 0:
         _path_ranks_kernel[(batch,)](
             path, cu_num_logits, idx_mapping, parents, depths, num_nodes, out,
@@ -126,7 +129,7 @@ def path_ranks(
     # [S] int32
     num_nodes: torch.Tensor,
 ) -> torch.Tensor:
-    """Depth of each request's verified tree, then the ranks of its accepted nodes.
+    """Nodes and depth of each request's verified tree, then the ranks of its accepted nodes.
 
     Args:
         path: Accepted rows as `walk_tree` gives them, the root first, 0 past the path.
@@ -136,7 +139,7 @@ def path_ranks(
         num_nodes: Valid nodes of the slot's tree, 0 = none.
 
     Returns:
-        [B, max_path] int64: column 0 the depth, column i the rank at depth i.
+        [B, 1 + max_path] int64: the nodes, the depth, then at 1 + i the rank at depth i.
     """
     op = path_ranks_triton if use_triton(path.device) else path_ranks_reference
     return op(path, cu_num_logits, idx_mapping, parents, depths, num_nodes)

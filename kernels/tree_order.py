@@ -7,7 +7,8 @@ The spine runs from the root always to the best-scored chosen child. The score o
 cumulative log-probability of its path, so it never exceeds its parent's; NaN counts as -inf. With
 parents before children in the pool, a parent's row then precedes its child's even when their scores
 are equal, and every prefix of the rows is a tree: the engine may trim it anywhere. Spine first,
-because what can only be verified as a chain is verified on a prefix of the rows.
+because what can only be verified as a chain is verified on a prefix of the rows. A request that needs
+no spine may have its rows by score alone: then every prefix is the best tree of its size.
 
 The choice is EAGLE-2's (arXiv 2406.16858, section 4.2).
 
@@ -41,7 +42,7 @@ class OrderedTree(NamedTuple):
     scores: torch.Tensor
     # [B, 1 + N, ceil((1 + N) / 64)] int64: bit j of row i = row j is an ancestor of row i, or i
     bits: torch.Tensor
-    # [B] int32: rows 1 .. spine_len are the spine
+    # [B] int32: rows 1 .. spine_len are the spine; 0 where the rows are by score alone
     spine_len: torch.Tensor
 
 
@@ -60,13 +61,15 @@ def order_tree_reference(
     pool_depths: torch.Tensor,
     num_nodes: int,
     max_depth: int,
+    # [B] bool
+    spine_first: torch.Tensor | None = None,
 ) -> OrderedTree:
     """`order_tree` with torch."""
     batch, pool_size = pool_scores.shape
     scores = nan_to_minus_inf(pool_scores)
     chosen = scores.argsort(dim=1, descending=True, stable=True)[:, :num_nodes]
     parents = pool_parents.long().gather(1, chosen)
-    spine_rank, spine_len = _spine(chosen, parents, max_depth)
+    spine_rank, spine_len = _spine(chosen, parents, max_depth, spine_first)
     nodes = chosen.gather(1, spine_rank.argsort(dim=1))
 
     # Pool index -1 (the root) is entry 0 of the map from pool index to row.
@@ -95,6 +98,8 @@ def _spine(
     # [B, N] int64: pool indices of their parents
     parents: torch.Tensor,
     max_depth: int,
+    # [B] bool, None: all
+    spine_first: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sort keys ``[B, N]`` that put the spine first, and the spine's length ``[B]``.
 
@@ -105,6 +110,8 @@ def _spine(
     keys = (num_nodes + places).repeat(batch, 1)
     length = chosen.new_zeros(batch)
     tip = chosen.new_full((batch, 1), -1)
+    if spine_first is not None:
+        tip = torch.where(spine_first.unsqueeze(1), tip, -2)
     for step in range(min(max_depth, num_nodes)):
         is_child = parents == tip
         best = is_child.int().argmax(1, keepdim=True)
@@ -180,6 +187,8 @@ def _arrange_kernel(
     chosen_ptr,
     # [B, P] int32
     parents_ptr,
+    # [B], not read unless SOME_BY_SCORE
+    spine_first_ptr,
     # [B, N] int32: pool index of rows 1 .. N
     node_of_row_ptr,
     # [B, P] int32: row of the chosen pool entries
@@ -189,6 +198,7 @@ def _arrange_kernel(
     pool_size,
     num_nodes,
     max_spine,
+    SOME_BY_SCORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Walk the spine in registers, then number the rest in order."""
@@ -201,6 +211,8 @@ def _arrange_kernel(
     # Pool index of the spine's tip; -1 is the root, and -2 nobody's parent: the spine has ended.
     tip = tl.min(row, axis=0) - 1
     length = tip + 1
+    if SOME_BY_SCORE:
+        tip = tl.where(tl.load(spine_first_ptr + request) != 0, tip, -2)
     for _ in range(max_spine):
         best = tl.min(tl.where(parent == tip, place, BLOCK), axis=0)
         found = best < BLOCK
@@ -288,6 +300,8 @@ def order_tree_triton(
     pool_depths: torch.Tensor,
     num_nodes: int,
     max_depth: int,
+    # [B] bool
+    spine_first: torch.Tensor | None = None,
 ) -> OrderedTree:
     """`order_tree` in three launches: what one writes for all rows, the next may read."""
     batch, pool_size = pool_scores.shape
@@ -309,8 +323,9 @@ def order_tree_triton(
         pool_scores, chosen, pool_size, num_nodes, BLOCK=64, BLOCK_OTHERS=128
     )
     _arrange_kernel[(batch,)](
-        chosen, pool_parents, node_of_row, row_of_node, tree.spine_len,
-        pool_size, num_nodes, min(max_depth, num_nodes), BLOCK=triton.next_power_of_2(num_nodes),
+        chosen, pool_parents, chosen if spine_first is None else spine_first,
+        node_of_row, row_of_node, tree.spine_len, pool_size, num_nodes, min(max_depth, num_nodes),
+        SOME_BY_SCORE=spine_first is not None, BLOCK=triton.next_power_of_2(num_nodes),
     )  # fmt: skip
     _emit_kernel[(batch, triton.cdiv(rows, 64))](
         pool_tokens, pool_scores, pool_parents, pool_depths, node_of_row, row_of_node,
@@ -332,6 +347,8 @@ def order_tree(
     pool_depths: torch.Tensor,
     num_nodes: int,
     max_depth: int,
+    # [B] bool
+    spine_first: torch.Tensor | None = None,
 ) -> OrderedTree:
     """Choose the ``num_nodes`` best of the pool and order them spine first.
 
@@ -346,6 +363,10 @@ def order_tree(
         pool_depths: Depth of each candidate, 1 for children of the root.
         num_nodes: N, at most ``P``.
         max_depth: Largest depth in the pool.
+        spine_first: Requests whose rows begin with the spine, None = all; the rows of the others are
+            by score alone.
     """
     op = order_tree_triton if use_triton(pool_scores.device) else order_tree_reference
-    return op(pool_tokens, pool_scores, pool_parents, pool_depths, num_nodes, max_depth)
+    return op(
+        pool_tokens, pool_scores, pool_parents, pool_depths, num_nodes, max_depth, spine_first
+    )

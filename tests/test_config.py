@@ -55,6 +55,15 @@ def test_the_papers_tree_is_the_default() -> None:
     assert "griffin" in repr(spec)
 
 
+def test_a_budget_is_below_the_nodes_of_one_request() -> None:
+    spec = griffin_config(make({"num_speculative_tokens": 12, "tree_budget": 11}))
+    assert (spec.num_speculative_tokens, spec.tree_budget) == (12, 11)
+    assert "tree_budget=11" in repr(spec)
+    spec = griffin_config(make())
+    assert spec.tree_budget is None
+    assert "tree_budget" not in repr(spec)
+
+
 def test_a_draft_brings_its_tree(tmp_path: Path) -> None:
     tree = {"num_speculative_tokens": 20, "tree_depth": 4, "tree_top_k": 3}
     model = draft_with(tmp_path, tree=tree)

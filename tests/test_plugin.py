@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_griffin.compat.patch import Patch, UnsupportedVllmError
-from vllm_griffin.compat.patches import CONFIG_PATCHES, ENGINE_PATCHES
+from vllm_griffin.compat.patches import CONFIG_PATCHES, ENGINE_PATCHES, RUNNER_PATCH
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "a"
 PLAIN = """
@@ -58,7 +58,9 @@ def test_a_plain_engine_runs_vllms_own_code() -> None:
     assert owner == "vllm.v1.attention.selector"
 
 
-@pytest.mark.parametrize("patch", CONFIG_PATCHES + ENGINE_PATCHES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "patch", (*CONFIG_PATCHES, *ENGINE_PATCHES, RUNNER_PATCH), ids=lambda p: p.name
+)
 def test_every_seam_is_where_it_was(patch: Patch) -> None:
     patch.apply()
     patch.apply()  # a second time changes nothing

@@ -91,6 +91,11 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
     """Draft from so many tokens only, the most frequent of the draft's training data, as its
     ``vocabulary.json`` ranks them. Default: the draft's config, else the whole vocabulary."""
 
+    tree_budget: Count | None = None
+    """Nodes that a request verifies on average, below `num_speculative_tokens`, which is then the most that
+    one can get: a step of B requests verifies the B * `tree_budget` nodes of all their trees that are the
+    likeliest to be accepted. Default: every request verifies its whole tree."""
+
     tree_acceptance: dict[str, float] | None = None
     """Acceptance length of this draft by tree, ``{"nodes,depth,top_k": length}``: what "auto" chooses from.
     Default: the draft's config, where ``vllm-griffin eval --write-trees`` puts it."""
@@ -101,6 +106,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         checkpoint = self._open_draft()
         self.trees = self._resolve_trees(checkpoint)
         self._check_sizes()
+        self._check_budget()
         self._resolve_rejection()
         target = self.target_model_config
         checkpoint.check_target(target.get_hidden_size(), target.get_vocab_size())
@@ -224,6 +230,26 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
                 f"num_speculative_tokens={self.num_speculative_tokens} is the most"
             )
 
+    def _check_budget(self) -> None:
+        """A budget needs trees to choose from, and acceptance that goes by them."""
+        if self.tree_budget is None:
+            return
+        if self.num_speculative_tokens_per_batch_size is not None:
+            raise ValueError(
+                "tree_budget is not supported with num_speculative_tokens_per_batch_size: name one "
+                "number of nodes, num_speculative_tokens"
+            )
+        if self.rejection_sample_method == "synthetic":
+            raise ValueError(
+                "tree_budget is not supported with rejection_sample_method='synthetic': acceptance that "
+                "is forced does not go by a tree's nodes"
+            )
+        if self.tree_budget >= self.num_speculative_tokens:
+            raise ValueError(
+                f"tree_budget={self.tree_budget} must be below num_speculative_tokens="
+                f"{self.num_speculative_tokens}, the most nodes of one request"
+            )
+
     def _resolve_rejection(self) -> None:
         """Exact verification, or acceptance forced for a benchmark: a rate for each level of the tree."""
         if self.rejection_sample_method == "synthetic":
@@ -338,7 +364,8 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         return (
             f"SpeculativeConfig(method='{METHOD}', model={self.draft_model_config.model!r}, "
             f"num_spec_tokens={self.num_speculative_tokens}, tree_depth={self.tree_depth}, "
-            f"tree_top_k={self.tree_top_k}{', sizes by batch: auto' if self.adaptive else ''})"
+            f"tree_top_k={self.tree_top_k}{', sizes by batch: auto' if self.adaptive else ''}"
+            f"{f', tree_budget={self.tree_budget}' if self.tree_budget else ''})"
         )
 
 

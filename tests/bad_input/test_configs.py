@@ -23,8 +23,8 @@ SIZES_FORM = (
 KNOWN = (
     "disable_eagle_block_drop, draft_tensor_parallel_size, draft_vocab_size, method, model, "
     "num_speculative_tokens, num_speculative_tokens_per_batch_size, rejection_sample_method, "
-    "revision, synthetic_acceptance_length, synthetic_acceptance_rates, tree_acceptance, tree_depth, "
-    "tree_top_k"
+    "revision, synthetic_acceptance_length, synthetic_acceptance_rates, tree_acceptance, "
+    "tree_budget, tree_depth, tree_top_k"
 )
 UNKNOWN = "is not a field of method 'griffin'"
 
@@ -90,6 +90,35 @@ SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens to draft": (
         {"draft_vocab_size": 0},
         f"{FIELD}['draft_vocab_size']=0: it must be greater than 0",
+    ),
+    "no budget": (
+        {"tree_budget": 0},
+        f"{FIELD}['tree_budget']=0: it must be greater than 0",
+    ),
+    "budget a word": ({"tree_budget": "batch"}, f"{FIELD}['tree_budget']='batch': {NO_INTEGER}"),
+    "budget true": ({"tree_budget": True}, f"{FIELD}['tree_budget']=True: {NO_INTEGER}"),
+    "budget of whole trees": (
+        {"num_speculative_tokens": 12, "tree_budget": 12},
+        "tree_budget=12 must be below num_speculative_tokens=12, the most nodes of one request",
+    ),
+    "budget and sizes by batch": (
+        {"tree_budget": 5} | sizes([1, 4, 9], [5, 16, 7]),
+        "tree_budget is not supported with num_speculative_tokens_per_batch_size: name one number of "
+        "nodes, num_speculative_tokens",
+    ),
+    "budget and auto": (
+        AUTO | {"tree_budget": 5, "tree_acceptance": {"9,3,3": 2.0}},
+        "tree_budget is not supported with num_speculative_tokens_per_batch_size: name one number of "
+        "nodes, num_speculative_tokens",
+    ),
+    "budget and forced acceptance": (
+        {
+            "tree_budget": 5,
+            "rejection_sample_method": "synthetic",
+            "synthetic_acceptance_length": 2.0,
+        },
+        "tree_budget is not supported with rejection_sample_method='synthetic': acceptance that is "
+        "forced does not go by a tree's nodes",
     ),
     "draft vocabulary true": (
         {"draft_vocab_size": True},

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 from vllm_griffin.kernels.tree_order import OrderedTree, order_tree
+from vllm_griffin.runner.graphs import TreeStart
 from vllm_griffin.runner.speculator import TreeSpeculator
 from vllm_griffin.runner.trace import client_request_id
 from vllm_griffin.tree import TreeGrower
@@ -28,16 +29,18 @@ def oracle_trees(texts: dict[str, list[int]], vocab_size: int, seed: int = 0) ->
         batches[:] = [input_batch]
         return propose(self, input_batch, *args, **kwargs)
 
-    def random_trees(self: TreeSpeculator, extend: Any, *args: Any) -> OrderedTree:
-        grow(self, extend, *args)  # the draft runs all the same
-        grower = self.grower_of(args[-1])
+    def random_trees(self: TreeSpeculator, start: TreeStart, size: int) -> OrderedTree:
+        grow(self, start, size)  # the draft runs all the same
+        grower = self.grower_of(size)
         names = [client_request_id(r) for r in batches[0].req_ids]
         pools = [
             _pool(grower, texts[name][position + 1 :], vocab_size, generator)
-            for name, position in zip(names, extend.prefix_lens.tolist(), strict=True)
+            for name, position in zip(names, start.prefix_lens.tolist(), strict=True)
         ]
         tokens, scores, parents = (torch.stack(part) for part in zip(*pools, strict=True))
-        return order_tree(tokens, scores, parents, grower.pool_depths, args[-1], grower.levels)
+        return order_tree(
+            tokens, scores, parents, grower.pool_depths, size, grower.levels, start.spine_first
+        )
 
     with (
         mock.patch.object(TreeSpeculator, "propose", remember),

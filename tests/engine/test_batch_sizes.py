@@ -44,9 +44,9 @@ def test_sizes_follow_the_batch(tmp_path: Path, async_scheduling: bool) -> None:
     trace = tmp_path / "trace.jsonl"
     finish, grown = TreeGrower.finish, set()
 
-    def recorded(self: TreeGrower, size: int) -> OrderedTree:
+    def recorded(self: TreeGrower, size: int, spine_first: torch.Tensor | None) -> OrderedTree:
         grown.add((size, self._level))
-        return finish(self, size)
+        return finish(self, size, spine_first)
 
     with (
         mock.patch.object(TreeGrower, "finish", recorded),

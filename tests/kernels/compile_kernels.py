@@ -67,7 +67,8 @@ def main(capability: int) -> None:
     level = zeros(2, 10, 10, dtype=torch.float32), zeros(2, 10, 10, dtype=LONG)
     advance_frontier_triton(*level, level[0][:, 0], level[1][:, :, :1], 10, 10)
     pool = zeros(2, 510, dtype=LONG), zeros(2, 510, dtype=torch.float32), zeros(2, 510)
-    order_tree_triton(*pool, zeros(510), 130, 6)
+    for spine_first in (None, zeros(2, dtype=torch.bool)):
+        order_tree_triton(*pool, zeros(510), 130, 6, spine_first)
     slots = zeros(4), zeros(4), zeros(4, dtype=torch.bool)
     trees = zeros(4, 59, dtype=LONG), zeros(4, 60)
     sampled, invalid = zeros(70, dtype=LONG), zeros(70, dtype=torch.bool)

@@ -35,7 +35,7 @@ def build(seed: int, n: int, batch: int, max_path: int) -> tuple[dict[str, torch
             ranks.append(1 + siblings.index(path[-1]))
         deepest = max((depths[slot][row] for row in verified), default=0)
         paths.append(path + [0] * (max_path - len(path)))
-        expected.append([deepest, *ranks, *[0] * (max_path - len(path))])
+        expected.append([rows - 1, deepest, *ranks, *[0] * (max_path - len(path))])
     inputs = {
         "path": torch.tensor(paths).int(),
         "cu_num_logits": torch.tensor([0, *num_rows]).cumsum(0).int(),
@@ -69,7 +69,7 @@ def test_an_example(op):
     inputs["num_nodes"][:] = 3
     inputs["path"] = inputs["path"].new_tensor([[0, 2, 0, 0]])
     inputs["cu_num_logits"] = inputs["cu_num_logits"].new_tensor([0, 3])
-    assert op(**inputs).tolist() == [[1, 2, 0, 0]]
+    assert op(**inputs).tolist() == [[2, 1, 2, 0, 0]]
     inputs["num_nodes"][:] = 0
     inputs["path"][:] = 0
-    assert op(**inputs).tolist() == [[0, 0, 0, 0]]
+    assert op(**inputs).tolist() == [[2, 0, 0, 0, 0]]

@@ -137,12 +137,14 @@ def random_pool(rng: random.Random, batch: int, width: int, depth: int, ties: bo
     ]
 
 
-def order_by_hand(tokens, scores, parents, depths, n: int, max_depth: int) -> dict[str, list]:
+def order_by_hand(
+    tokens, scores, parents, depths, n: int, max_depth: int, spine_first: bool
+) -> dict[str, list]:
     """One request's tree with sets and dictionaries."""
     scores = [-math.inf if math.isnan(s) else s for s in scores]
     chosen = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:n]
     spine, tip = [], -1
-    while children := [i for i in chosen if parents[i] == tip]:
+    while spine_first and (children := [i for i in chosen if parents[i] == tip]):
         tip = children[0]
         spine.append(tip)
     nodes = spine + [i for i in chosen if i not in spine]
@@ -161,11 +163,14 @@ def order_by_hand(tokens, scores, parents, depths, n: int, max_depth: int) -> di
     }
 
 
-def expect_tree(pool: list[torch.Tensor], n: int, max_depth: int) -> OrderedTree:
+def expect_tree(
+    pool: list[torch.Tensor], n: int, max_depth: int, spine_first: torch.Tensor | None = None
+) -> OrderedTree:
     tokens, scores, parents, depths = (x.tolist() for x in pool)
+    first = [True] * len(tokens) if spine_first is None else spine_first.tolist()
     trees = [
-        order_by_hand(*request, depths, n, max_depth)
-        for request in zip(tokens, scores, parents, strict=True)
+        order_by_hand(t, s, p, depths, n, max_depth, f)
+        for t, s, p, f in zip(tokens, scores, parents, first, strict=True)
     ]
     kinds = {"tokens": torch.int64, "bits": torch.int64, "scores": torch.float32}
     return OrderedTree(
@@ -199,6 +204,18 @@ def test_order_tree(batch, width, depth, nodes, ties):
     expected = expect_tree(pool, nodes, depth)
     same(order_tree_reference(*pool, nodes, depth), expected)
     same(order_tree_triton(*pool, nodes, depth), expected)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("batch", "width", "depth", "nodes"), SHAPES)
+def test_order_tree_by_score_where_no_spine_is_needed(batch, width, depth, nodes, ties):
+    pool = random_pool(random.Random(nodes), batch, width, depth, ties)
+    spine_first = torch.arange(batch, device=DEVICE) % 2 == 1
+    expected = expect_tree(pool, nodes, depth, spine_first)
+    by_score = expected.scores[~spine_first, 1:]
+    assert torch.equal(by_score, by_score.sort(descending=True).values)
+    same(order_tree_reference(*pool, nodes, depth, spine_first), expected)
+    same(order_tree_triton(*pool, nodes, depth, spine_first), expected)
 
 
 def test_pool_of_a_few_thousand():

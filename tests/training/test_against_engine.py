@@ -19,7 +19,7 @@ from vllm_griffin.data.documents import Document
 from vllm_griffin.data.shards import OnlineStates
 from vllm_griffin.model.draft import GriffinDraftModel
 from vllm_griffin.model.level import TreeLevel
-from vllm_griffin.runner.extend import ExtendBatch
+from vllm_griffin.runner.graphs import TreeStart
 from vllm_griffin.runner.speculator import TreeSpeculator
 from vllm_griffin.train.checkpoint import load_draft
 from vllm_griffin.train.network import Draft
@@ -65,17 +65,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[VerifyStep]]:
     steps: list[VerifyStep] = []
     grow, forward = TreeSpeculator._grow, GriffinDraftModel.forward
 
-    def recording_grow(
-        self: TreeSpeculator,
-        extend: ExtendBatch,
-        predict: torch.Tensor,
-        regress: torch.Tensor,
-        size: int,
-    ) -> object:
-        assert len(predict) == 1
-        row = Row([], predict[0].clone(), regress[0].clone())
-        steps.append(VerifyStep(int(extend.prefix_lens[0]), [row]))
-        return grow(self, extend, predict, regress, size)
+    def recording_grow(self: TreeSpeculator, start: TreeStart, size: int) -> object:
+        assert len(start.predict) == 1
+        row = Row([], start.predict[0].clone(), start.regress[0].clone())
+        steps.append(VerifyStep(int(start.prefix_lens[0]), [row]))
+        return grow(self, start, size)
 
     def recording_forward(
         self: GriffinDraftModel,

@@ -38,10 +38,18 @@ def update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         from vllm_griffin.config import griffin_config
 
-        if griffin_config(self.vllm_config) is not None:
+        config = griffin_config(self.vllm_config)
+        if config is not None:
             from vllm_griffin.tree_sizes import TreeSizes
 
             self.griffin_path_ranks = getattr(model_runner_output, "path_ranks", {})
+            if config.tree_budget is not None:
+                # vLLM's own number for drafts that were scheduled and not verified.
+                scheduler_output.num_invalid_spec_tokens = {
+                    name: len(drafts) - self.griffin_path_ranks[name][0]
+                    for name, drafts in scheduler_output.scheduled_spec_decode_tokens.items()
+                    if name in self.griffin_path_ranks
+                }
             if isinstance(self.dynamic_sd_lookup, TreeSizes):
                 self.dynamic_sd_lookup.observe(scheduler_output, model_runner_output)
         return original(self, scheduler_output, model_runner_output)
@@ -76,7 +84,7 @@ def make_spec_decoding_stats(original: Callable[..., Any]) -> Callable[..., Any]
             request_id,
         )
         if config is not None and stats is not None:
-            stats.observe_tree(num_draft_tokens, self.griffin_path_ranks[request_id])
+            stats.observe_tree(self.griffin_path_ranks[request_id])
         return stats
 
     return make_spec_decoding_stats

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 # Fields that vLLM's own config has not; written down, since a plain engine loads no more of ours than this.
-OWN_FIELDS = ("tree_depth", "tree_top_k", "draft_vocab_size", "tree_acceptance")
+OWN_FIELDS = ("tree_depth", "tree_top_k", "draft_vocab_size", "tree_acceptance", "tree_budget")
 
 
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,9 +106,32 @@ def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
 
         # Who builds a VllmConfig by hand has not been through EngineArgs.
         check_engine(vllm_config)
+        # Its module is loaded now, and only now.
+        RUNNER_PATCH.apply()
         return TreeSpeculator(vllm_config, device)
 
     return init_speculator
+
+
+def _initialize_kv_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm_griffin.config import griffin_config
+
+        original(self, *args, **kwargs)
+        spec = griffin_config(self.vllm_config)
+        if spec is None or spec.tree_budget is None:
+            return
+        from vllm_griffin.runner.budget import NodeBudget
+        from vllm_griffin.runner.sampler import max_chunk_rows
+
+        self.adaptive_verification = NodeBudget(
+            spec.tree_budget,
+            self.speculator.trees,
+            self.input_buffers.query_start_loc,
+            max_chunk_rows(self.vocab_size),
+        )
+
+    return initialize_kv_cache
 
 
 def _get_attn_backend(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -259,6 +282,15 @@ WORKER_PATCHES = (
         reason="the scheduler, which fills grammar bitmasks, is told draft tokens without their shape",
         until="draft tokens travel to the scheduler with their parents",
     ),
+)
+
+RUNNER_PATCH = Patch(
+    module="vllm.v1.worker.gpu.model_runner",
+    name="GPUModelRunner.initialize_kv_cache",
+    parameters=("self", "kv_cache_config", "is_profiling", "kv_cache_allocation_context"),
+    replacement=_initialize_kv_cache,
+    reason="the runner lets only dspark's manager trim drafts on the device, which wants CUDA graphs",
+    until="a speculator can bring a manager of its own",
 )
 
 ENGINE_CORE_PATCHES = (

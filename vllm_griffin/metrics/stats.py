@@ -43,13 +43,15 @@ class TreeStats(SpecDecodingStats):
             num_accepted_per_rank=[0] * config.tree_top_k,
         )
 
-    def observe_tree(self, num_nodes: int, path_ranks: Sequence[int]) -> None:
-        """Counts one request's tree of ``num_nodes`` verified nodes.
+    def observe_tree(self, path_ranks: Sequence[int]) -> None:
+        """Counts one request's verified tree.
 
-        ``path_ranks``: its depth and the accepted nodes' sibling ranks, as ``TreeRunnerOutput`` has
-        them. Depth 0 counts nothing: the scheduler asked for drafts before there was a tree.
+        ``path_ranks``: its nodes, its depth and the accepted nodes' sibling ranks, as ``TreeRunnerOutput``
+        has them. Depth 0 counts nothing: the scheduler asked for drafts before there was a tree, or a
+        budget for all trees left none of it.
         """
-        depth, ranks = path_ranks[0], [rank for rank in path_ranks[1:] if rank]
+        num_nodes, depth, *ranks = path_ranks
+        ranks = [rank for rank in ranks if rank]
         if depth == 0:
             return
         self.num_trees += 1

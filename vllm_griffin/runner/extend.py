@@ -17,14 +17,16 @@ from vllm_griffin.kernels.verify import Walk
 class ExtendBatch:
     """Rows of the extend pass: one per token whose target hidden state is now known.
 
-    A request with T logits rows had T - 1 drafted rows scheduled. Its rows before the root are
-    prompt, taken as they are; of the T tree rows the pass has min(T, P), of which those beyond the
-    accepted path are padding: their cache slots lie past the text and are overwritten in time.
+    A request with T - 1 drafts scheduled has prompt rows before its root, taken as they are; of the T
+    tree rows the pass has min(T, P), of which those beyond the accepted path are padding: their cache
+    slots lie past the text and are overwritten in time. Of the scheduled rows the step may have had
+    fewer (`vllm_griffin.runner.budget`); padding past those has no cache slot.
     """
 
     # [B + 1] host int32
     query_start_np: np.ndarray
-    # [R] int64: token, position, row of the target's hidden state, row whose cache slot to fill
+    # [R] int64: token, position, row of the target's hidden state, row whose cache slot to fill, -1
+    # for none
     input_ids: torch.Tensor
     positions: torch.Tensor
     hidden_rows: torch.Tensor
@@ -46,7 +48,9 @@ def plan_extend(
 ) -> ExtendBatch:
     """Lays out the pass; its shape follows from what was scheduled, which the host knows."""
     device = batch.input_ids.device
-    num_logits_np = np.diff(batch.cu_num_logits_np)
+    num_logits_np = np.ones(batch.num_reqs, dtype=np.int32)
+    if batch.num_draft_tokens_per_req is not None:
+        num_logits_np += batch.num_draft_tokens_per_req
     prompt_np = batch.num_scheduled_tokens - num_logits_np
     counts_np = prompt_np + np.minimum(num_logits_np, max_path)
     starts_np = np.concatenate([[0], np.cumsum(counts_np)]).astype(np.int32)
@@ -75,7 +79,7 @@ def plan_extend(
         input_ids=torch.where(in_tree, walk.tokens[request, path_row], prompt_next),
         positions=first_position[request] + local,
         hidden_rows=torch.where(in_tree, root_row + walk.path[request, path_row], slot_rows),
-        slot_rows=slot_rows,
+        slot_rows=torch.where(local < num_scheduled[request], slot_rows, -1),
         last_rows=start + prompt + accepted - 1,
         prefix_lens=(first_position + prompt + accepted).to(torch.int32),
         seq_lens=(first_position + count).to(torch.int32),

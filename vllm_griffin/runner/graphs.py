@@ -36,6 +36,8 @@ class TreeStart:
     prefix_lens: torch.Tensor
     # [B, max_blocks] int32: where they are
     block_table: torch.Tensor
+    # [B] bool: whose rows begin with the spine; None: all
+    spine_first: torch.Tensor | None
 
     def of(self, num_reqs: int) -> "TreeStart":
         """The first requests."""
@@ -44,6 +46,7 @@ class TreeStart:
             self.regress[:num_reqs],
             self.prefix_lens[:num_reqs],
             self.block_table[:num_reqs],
+            None if self.spine_first is None else self.spine_first[:num_reqs],
         )
 
 
@@ -106,6 +109,8 @@ class TreeGraphs(CudaGraphManager):
         into.predict.copy_(start.predict)
         into.regress.copy_(start.regress)
         into.prefix_lens.copy_(start.prefix_lens)
+        if into.spine_first is not None and start.spine_first is not None:
+            into.spine_first.copy_(start.spine_first)
         # The graph's other requests have no text, whatever their rows of the block table hold.
         self._buffers.prefix_lens[num_reqs : desc.num_reqs].zero_()
         self.run_fullgraph(desc)

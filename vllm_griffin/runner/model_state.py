@@ -3,7 +3,6 @@
 import os
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -77,10 +76,11 @@ class GriffinModelState(DefaultModelState):
         elif input_batch.num_draft_tokens == 0:
             attach_tree(attn_metadata, None, alone=False)
         else:
-            num_logits = np.diff(input_batch.cu_num_logits_np)
-            alone = (input_batch.num_scheduled_tokens == num_logits).all() and num_logits.min() > 1
+            drafts = input_batch.num_draft_tokens_per_req
+            assert drafts is not None
+            alone = bool(((drafts > 0) & (input_batch.num_scheduled_tokens == 1 + drafts)).all())
             full = cudagraph_mode == CUDAGraphMode.FULL
-            attach_tree(attn_metadata, self._tree_rows(input_batch, full), bool(alone))
+            attach_tree(attn_metadata, self._tree_rows(input_batch, alone, full), alone)
         return attn_metadata
 
     def prepare_inputs(
@@ -99,15 +99,17 @@ class GriffinModelState(DefaultModelState):
             input_batch.positions[rows] += depth - local
         return inputs
 
-    def _tree_rows(self, batch: InputBatch, full_graph: bool) -> TreeRows:
+    def _tree_rows(self, batch: InputBatch, alone: bool, full_graph: bool) -> TreeRows:
         """The batch's trees; a full graph has requests more than the batch, which get no rows."""
         num_reqs = batch.num_reqs
-        max_rows = int(np.diff(batch.cu_num_logits_np).max())
+        assert batch.num_draft_tokens_per_req is not None
+        max_rows = 1 + int(batch.num_draft_tokens_per_req.max())
         num_logits = num_logits_rows(batch)
         rows = self.rows.of(num_reqs, self.rows.bits.shape[1])
         rows.q_start.copy_(root_rows(batch, num_logits))
         # One row is a plain decode or the end of a prefill: causal attention is right for it.
-        rows.num_rows.copy_(torch.where(num_logits > 1, num_logits, 0))
+        # Where all are trees it may be a tree of no nodes, which nothing else attends.
+        rows.num_rows.copy_(num_logits if alone else torch.where(num_logits > 1, num_logits, 0))
         torch.sub(batch.seq_lens[:num_reqs], num_logits, out=rows.prefix_lens)
         torch.index_select(self.trees.bits, 0, batch.idx_mapping, out=rows.bits)
         padded = batch.num_reqs_after_padding if full_graph else num_reqs

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 @dataclass
 class TreeSamplerOutput(SamplerOutput):
-    """``sampled_token_ids`` is [B, 2P]: the tokens, then the rows of ``path_ranks``."""
+    """``sampled_token_ids`` is [B, 2P + 1]: the tokens, then the rows of ``path_ranks``."""
 
 
 @dataclass
@@ -24,15 +24,15 @@ class TreeRunnerOutput(ModelRunnerOutput):
     """A step's output with what its trees were.
 
     Attributes:
-        path_ranks: request -> depth of its verified tree, then the accepted nodes' sibling ranks,
-            padded with 0 to P numbers.
+        path_ranks: request -> nodes and depth of its verified tree, then the accepted nodes' sibling
+            ranks, padded with 0 to P + 1 numbers.
     """
 
     path_ranks: dict[str, list[int]] = field(default_factory=dict)
 
 
 def widen(tokens: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
-    """[B, P] tokens and [B, P] of ``path_ranks`` as the [B, 2P] that vLLM copies to the host.
+    """[B, P] tokens and [B, P + 1] of ``path_ranks`` as the [B, 2P + 1] that vLLM copies to the host.
 
     vLLM reads the first ``num_sampled`` columns of a row and takes any number of columns.
     """

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 MAX_CHUNK_BYTES = 1 << 30
 
 
+def max_chunk_rows(vocab_size: int) -> int:
+    """Rows with logits that are verified at once."""
+    return max(1, MAX_CHUNK_BYTES // (4 * vocab_size))
+
+
 class TreeVerifier:
     """Stands in vLLM's rejection sampler's place.
 
@@ -101,7 +106,7 @@ class TreeVerifier:
 
     def _chunks(self, cu_num_logits: np.ndarray, vocab_size: int) -> Iterator[tuple[int, int]]:
         """Ranges of whole requests whose logits fit into one chunk."""
-        limit = max(1, MAX_CHUNK_BYTES // (4 * vocab_size))
+        limit = max_chunk_rows(vocab_size)
         start = 0
         while start < len(cu_num_logits) - 1:
             end = int(np.searchsorted(cu_num_logits, cu_num_logits[start] + limit, "right")) - 1
@@ -157,9 +162,9 @@ class TreeVerifier:
         return walk, self._logprobs(processed, walk, batch, start, end, logprobs_dims)
 
     def _path_rows(self, batch: InputBatch, start: int = 0, end: int | None = None) -> np.ndarray:
-        """Rows of the output that each request's path can fill: its logits, at most P."""
-        ends = batch.cu_num_logits_np[start : None if end is None else end + 1]
-        return np.minimum(np.diff(ends), self.max_path)
+        """Rows of the output that each request's path can fill: as many as were scheduled, at most P."""
+        assert batch.num_draft_tokens_per_req is not None
+        return np.minimum(1 + batch.num_draft_tokens_per_req[start:end], self.max_path)
 
     def _logprobs(
         self,

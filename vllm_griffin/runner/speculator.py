@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -63,6 +64,7 @@ class TreeSpeculator(DraftModelSpeculator):
         # Turned off where no tree pays at all; the draft's cache is then not kept up either.
         self.drafting = True
         self.adaptive = spec.adaptive
+        self.shares_nodes = spec.tree_budget is not None
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -103,11 +105,15 @@ class TreeSpeculator(DraftModelSpeculator):
             return
         shape = (self.max_num_reqs, self.hidden_size)
         dtype = next(self.model.parameters()).dtype
+        prefix_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
         buffers = TreeStart(
-            torch.zeros(shape, dtype=dtype, device=self.device),
-            torch.zeros(shape, dtype=dtype, device=self.device),
-            torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device),
-            self._block_table(),
+            predict=torch.zeros(shape, dtype=dtype, device=self.device),
+            regress=torch.zeros(shape, dtype=dtype, device=self.device),
+            prefix_lens=prefix_lens,
+            block_table=self._block_table(),
+            spine_first=torch.zeros_like(prefix_lens, dtype=torch.bool)
+            if self.shares_nodes
+            else None,
         )
         self.graphs = TreeGraphs(self.vllm_config, self.device, self.sizes, self._grow, buffers)
 
@@ -175,9 +181,15 @@ class TreeSpeculator(DraftModelSpeculator):
         predict, regress = self._extend(input_batch, extend, slot_mappings, last_hidden_states)
         if size == 0:
             return self.draft_tokens[:num_reqs]
+        # One budget for all trees is shared out by score; a spine is for those who can use nothing else.
+        spine_first = self.trees.spine_only[input_batch.idx_mapping] if self.shares_nodes else None
         rows = extend.last_rows
         start = TreeStart(
-            predict[rows], regress[rows], extend.prefix_lens, self._block_table()[:num_reqs]
+            predict=predict[rows],
+            regress=regress[rows],
+            prefix_lens=extend.prefix_lens,
+            block_table=self._block_table()[:num_reqs],
+            spine_first=spine_first,
         )
         tree = None if self.graphs is None else self.graphs.replay(start, size)
         if tree is None:
@@ -250,6 +262,7 @@ class TreeSpeculator(DraftModelSpeculator):
         buffers.positions[:num_rows] = extend.positions
         layer_name = next(iter(self.draft_attn_layer_names))
         slots = slot_mappings[layer_name][extend.slot_rows]
+        slots = slots.where(extend.slot_rows >= 0, PAD_SLOT_ID)
         self.draft_max_seq_len = self.max_model_len
         metadata = self._build_attn_metadata(
             num_reqs=num_reqs,
@@ -298,7 +311,7 @@ class TreeSpeculator(DraftModelSpeculator):
             features = regress.view(batch, k, -1).gather(
                 1, frontier.parents.long().unsqueeze(-1).expand(-1, -1, regress.shape[-1])
             )
-        return grower.finish(size)
+        return grower.finish(size, start.spine_first)
 
     def grower_of(self, size: int) -> TreeGrower:
         """For trees of `size` nodes: a shape of their own, or the best nodes of the largest tree's pool."""

@@ -37,10 +37,11 @@ class StepTrace:
     def record(self, batch: InputBatch, trees: DraftTrees, walk: Walk) -> None:
         """One line for each request of the batch that had a tree."""
         logit_rows = batch.logits_indices.tolist()
+        first_rows = batch.cu_num_logits.tolist()
         records = []
         for b, request_id in enumerate(batch.req_ids):
             slot = int(batch.idx_mapping_np[b])
-            first, last = (int(i) for i in batch.cu_num_logits_np[b : b + 2])
+            first, last = first_rows[b : b + 2]
             rows = last - first
             if rows == 1 or int(trees.num_nodes[slot]) == 0 or request_id.startswith(NOBODYS):
                 continue

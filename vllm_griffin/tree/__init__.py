@@ -4,6 +4,7 @@ Knows tokens, parents and scores; nothing of GRIFFIN and nothing of vLLM.
 """
 
 from vllm_griffin.tree.grow import Frontier, TreeGrower, top_children
+from vllm_griffin.tree.share import share_nodes
 from vllm_griffin.tree.slots import DraftTrees
 
-__all__ = ["DraftTrees", "Frontier", "TreeGrower", "top_children"]
+__all__ = ["DraftTrees", "Frontier", "TreeGrower", "share_nodes", "top_children"]

@@ -93,8 +93,8 @@ class TreeGrower:
         self._pool_size += best.scores.shape[1]
         return grown
 
-    def finish(self, num_nodes: int) -> OrderedTree:
-        """The best nodes of the pool so far, spine first (see ``order_tree``)."""
+    def finish(self, num_nodes: int, spine_first: torch.Tensor | None = None) -> OrderedTree:
+        """The best nodes of the pool so far, in the order of ``order_tree``; ``spine_first`` [B] bool."""
         return order_tree(
             torch.cat(self._tokens, dim=1),
             torch.cat(self._scores, dim=1),
@@ -102,6 +102,7 @@ class TreeGrower:
             self.pool_depths[: self._pool_size],
             num_nodes,
             self._level,
+            spine_first,
         )
 
 

@@ -60,6 +60,16 @@ class DraftTrees:
         self.spine_len[slots] = tree.spine_len
         self.num_nodes[slots] = valid.to(torch.int32) * nodes
 
+    def worth(self, slots: torch.Tensor) -> torch.Tensor:
+        """[B, N] float32: log-probability of each node's path, -inf for what will not be accepted.
+
+        ``slots`` [B] int64.
+        """
+        rows = torch.arange(1, self.scores.shape[1], device=slots.device)
+        nodes, spine = self.num_nodes[slots], self.spine_len[slots]
+        limit = torch.where(self.spine_only[slots], torch.minimum(nodes, spine), nodes)
+        return self.scores[slots, 1:].where(rows <= limit.unsqueeze(1), float("-inf"))
+
     def clear(self, slots: torch.Tensor) -> None:
         """The requests of ``slots`` [B] int64 get no tree in this step."""
         self.num_nodes[slots] = 0
