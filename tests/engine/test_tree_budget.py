@@ -13,7 +13,7 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.compare import difference
-from tests.engine.harness import Outcome, Request, add, engine, random_prompt, run
+from tests.engine.harness import Outcome, Request, add, engine, random_prompt, run, tree_paths
 from tests.engine.oracle import oracle_trees
 from tests.engine.test_invariants import heldout_requests
 from tests.engine.test_requests import COMMON, KINDS, PAIR, SPINES, VOCABULARY
@@ -234,6 +234,27 @@ def test_counters_are_of_the_nodes_that_were_verified(asynchronous: bool, tmp_pa
         metrics = outcome.outputs[request.name].outputs[0].spec_decode_metrics
         mine = [r.num_drafted for r in records if r.request_id == request.name]
         assert metrics.per_step_drafted == mine
+
+
+def test_the_draft_drafts_what_it_would_alone(tmp_path: Path) -> None:
+    """A share is a part of the same tree, so nothing of one request reaches another's draft cache."""
+    requests = heldout_requests(8, 50, 24)
+    trees = []
+    for name, fields in (("whole", {}), ("shared", {"tree_budget": NODES})):
+        trace = tmp_path / name
+        spec = {"num_speculative_tokens": MOST} | SHAPE | fields
+        with recorded_steps() as steps, engine("tiny", spec, trace=trace) as llm:
+            run(llm, requests)
+        trees.append({(r.request_id, r.position): r for r in read_trace(trace)})
+    assert any(0 in step.nodes or 1 in step.nodes for step in steps), (
+        "an extend pass longer than a share"
+    )
+    whole, shared = trees
+    both = whole.keys() & shared.keys()
+    assert len(both) > 30
+    for key in both:
+        paths = tree_paths(whole[key].tokens, whole[key].parents)
+        assert tree_paths(shared[key].tokens, shared[key].parents) <= paths, key
 
 
 def _accepted_length(llm: LLM, pairs: list[list[Request]]) -> float:
