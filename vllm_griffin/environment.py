@@ -4,12 +4,19 @@ import os
 
 import torch
 
+from vllm_griffin.attention.prefix import demanded_form
 from vllm_griffin.config_errors import advice
 from vllm_griffin.kernels.backend import use_triton
 from vllm_griffin.trace import open_trace
 
 PREFIX = "VLLM_GRIFFIN_"
-KNOWN = ("VLLM_GRIFFIN_CACHE", "VLLM_GRIFFIN_CPU", "VLLM_GRIFFIN_KERNELS", "VLLM_GRIFFIN_TRACE")
+KNOWN = (
+    "VLLM_GRIFFIN_CACHE",
+    "VLLM_GRIFFIN_CPU",
+    "VLLM_GRIFFIN_KERNELS",
+    "VLLM_GRIFFIN_TRACE",
+    "VLLM_GRIFFIN_TREE_ATTENTION",
+)
 
 
 def check_environment() -> None:
@@ -28,6 +35,7 @@ def check_environment() -> None:
             # They are alike by their first words already.
             raise ValueError(f"the variable {name} is not known: {advice(name, KNOWN, 0.9)}")
     use_triton(torch.device(current_platform.device_type))
+    demanded_form()
     trace = os.environ.get("VLLM_GRIFFIN_TRACE")
     if trace:
         open_trace(trace).close()

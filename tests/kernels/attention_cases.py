@@ -238,3 +238,44 @@ def rows_of_trees(x: dict) -> torch.Tensor:
     for start, n in zip(x["q_start"].tolist(), x["num_rows"].tolist(), strict=True):
         found[start : start + n] = True
     return found
+
+
+def flash_attention(
+    *,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: int,
+    seqused_k: torch.Tensor,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    block_table: torch.Tensor,
+    return_softmax_lse: bool,
+    num_splits: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What vLLM's `flash_attn_varlen_func` gives of a paged cache [num_blocks, block_size, H_kv, D].
+
+    Output [T, H, D] in q's dtype and the natural LSE [H, T]; NaN and +inf where it is undefined.
+    """
+    assert not causal and return_softmax_lse
+    assert len(seqused_k) == len(block_table) == len(cu_seqlens_q) - 1
+    out = torch.full(q.shape, float("nan"), device=q.device)
+    lse = torch.full(q.shape[1::-1], float("inf"), device=q.device)
+    size, group = k.shape[1], q.shape[1] // k.shape[2]
+    for b, (first, end) in enumerate(cu_seqlens_q.unfold(0, 2, 1).tolist()):
+        length = int(seqused_k[b])
+        assert end - first <= max_seqlen_q and length <= max_seqlen_k
+        if length == 0:
+            continue
+        place = torch.arange(length, device=q.device)
+        block = block_table[b, place // size].long()
+        keys, values = (
+            x[block, place % size].float().repeat_interleave(group, 1).transpose(0, 1)
+            for x in (k, v)
+        )
+        scores = q[first:end].float().transpose(0, 1) @ keys.mT * softmax_scale
+        lse[:, first:end] = scores.logsumexp(-1)
+        out[first:end] = (scores.softmax(-1) @ values).transpose(0, 1)
+    return out.to(q.dtype), lse

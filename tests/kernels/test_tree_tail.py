@@ -5,7 +5,6 @@ import torch
 
 from tests.kernels.attention_cases import (
     CASES,
-    DEVICE,
     FACTORS,
     FP8,
     TOLERANCE,
@@ -13,6 +12,7 @@ from tests.kernels.attention_cases import (
     UNTOUCHED,
     Case,
     build,
+    flash_attention,
     of_setting,
     quick,
     rows_of_trees,
@@ -34,29 +34,27 @@ GRID = pairwise(
 
 
 def prefix_attention(x: dict, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """As FlashAttention gives it, [T, H, D] and [H, T]: NaN and +inf where there is no prefix."""
-    out = torch.full(x["q"].shape, float("nan"), device=DEVICE)
-    lse = torch.full(x["q"].shape[1::-1], float("inf"), device=DEVICE)
-    kv_heads, size = x["k_cache"].shape[1:3]
-    group, scales = x["q"].shape[1] // kv_heads, x["scales"]
-    q = x["q"].float()
-    if scales is not None and scales.q is not None:
-        q = q * scales.q.repeat_interleave(group)[:, None]
-    for b, (prefix, start, n) in enumerate(
-        zip(*(x[name].tolist() for name in ("prefix_lens", "q_start", "num_rows")), strict=True)
-    ):
-        if prefix == 0:
-            continue
-        place = torch.arange(prefix, device=DEVICE)
-        block = x["block_table"][b, place // size].long()
-        keys, values = (x[f"{s}_cache"][block, :, place % size].float() for s in "kv")
-        if scales is not None:
-            keys, values = keys * scales.k[:, None], values * scales.v[:, None]
-        keys, values = (y.repeat_interleave(group, 1).transpose(0, 1) for y in (keys, values))
-        rows = slice(start, start + n)
-        scores = q[rows].transpose(0, 1) @ keys.mT * x["scale"]
-        lse[:, rows] = scores.logsumexp(-1)
-        out[rows] = (scores.softmax(-1) @ values).transpose(0, 1)
+    """FlashAttention of the inputs, [T, H, D] and [H, T]; the queries before a tree take part."""
+    ends = x["q_start"] + x["num_rows"]
+    q, k, v = x["q"].float(), x["k_cache"].float(), x["v_cache"].float()
+    if x["scales"] is not None:
+        k = k * x["scales"].k.view(-1, 1, 1)
+        v = v * x["scales"].v.view(-1, 1, 1)
+        if x["scales"].q is not None:
+            q = q * x["scales"].q.repeat_interleave(q.shape[1] // k.shape[1])[:, None]
+    out, lse = flash_attention(
+        q=q,
+        k=k.transpose(1, 2),
+        v=v.transpose(1, 2),
+        cu_seqlens_q=torch.cat([ends.new_zeros(1), ends]),
+        max_seqlen_q=len(q),
+        seqused_k=x["prefix_lens"],
+        max_seqlen_k=int(x["prefix_lens"].max()),
+        softmax_scale=x["scale"],
+        causal=False,
+        block_table=x["block_table"],
+        return_softmax_lse=True,
+    )
     return out.to(dtype), lse
 
 

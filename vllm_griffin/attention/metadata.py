@@ -20,7 +20,7 @@ class TreeRows:
     q_start: torch.Tensor
     # [num_reqs] int32
     num_rows: torch.Tensor
-    # [num_reqs] int32: cached keys before the root, which every row of the tree sees
+    # [num_reqs] int32: cached keys before the root, which every row of the tree sees; 0 without a tree
     prefix_lens: torch.Tensor
     # [num_reqs, 1 + N, num_words] int64: bit j of row i = row j is row i or an ancestor of it
     bits: torch.Tensor

@@ -98,7 +98,8 @@ class GriffinModelState(DefaultModelState):
             q_start=root_rows(batch, num_logits),
             # One row is a plain decode or the end of a prefill: causal attention is right for it.
             num_rows=torch.where(num_logits > 1, num_logits, 0),
-            prefix_lens=(seq_lens - num_logits).to(torch.int32),
+            # Without tree rows nothing of the request is to be read.
+            prefix_lens=torch.where(num_logits > 1, seq_lens - num_logits, 0).to(torch.int32),
             bits=self.trees.bits[batch.idx_mapping],
             alone=bool(
                 (batch.num_scheduled_tokens == num_logits_np).all() and num_logits_np.min() > 1
