@@ -4,7 +4,6 @@ import os
 
 import torch
 
-from vllm_griffin.attention.prefix import demanded_form
 from vllm_griffin.config_errors import advice
 from vllm_griffin.kernels.backend import use_triton
 from vllm_griffin.trace import open_trace
@@ -28,7 +27,10 @@ def check_environment() -> None:
         ValueError: names the variable and what it may be.
         RuntimeError: Triton is demanded on a CPU, but is not interpreted there.
     """
+    # Deferred: attention needs Triton, whose absence is said elsewhere.
     from vllm.platforms import current_platform
+
+    from vllm_griffin.attention.prefix import demanded_form
 
     for name in os.environ:
         if name.startswith(PREFIX) and name not in KNOWN:

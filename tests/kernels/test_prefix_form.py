@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from tests.kernels.attention_cases import (
     UNTOUCHED,
@@ -77,7 +78,7 @@ def test_a_layer_takes_the_form_of_its_batch(layer, forms, first):
     cache = torch.cat([x["k_cache"], x["v_cache"]], -1)
     tail = torch.full((len(x["q"]), 2, 32), float("nan"))
     metadata = SimpleNamespace(
-        tree=context_of(x),
+        tree=context_of(x | {"block_table": pad(x["block_table"], (0, 0, 0, 1))}),
         only_tree=True,
         # One padded row, and a padded request.
         num_actual_tokens=len(x["q"]) - 1,

@@ -245,7 +245,9 @@ def choose_form(
         batch=vllm_config.scheduler_config.max_num_seqs,
     )
     found = faster_forms(shape, impl.vllm_flash_attn_version, device)
-    logger.info_once("griffin: FlashAttention attends the prefix of trees, by requests: %s", found)
+    logger.info_once(
+        "griffin: FlashAttention attends the prefix of trees, by requests: %s", str(found)
+    )
     return found
 
 

@@ -77,7 +77,8 @@ def attend_from_prefix(
         max_seqlen_k=longest_key,
         softmax_scale=scale,
         causal=False,
-        block_table=context.block_table,
+        # vLLM's may have rows for requests that pad the batch.
+        block_table=context.block_table[: len(context.prefix_lens)],
         return_softmax_lse=True,
     )
     tree_tail(q, k_cache, v_cache, context, scale, prefix_out, prefix_lse, out)
@@ -156,6 +157,7 @@ def both_forms(
     )
 
 
+@functools.cache
 def flash_attention(fa_version: int) -> Callable[..., Any]:
     """vLLM's FlashAttention of that version."""
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
