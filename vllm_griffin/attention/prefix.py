@@ -133,7 +133,8 @@ def both_forms(
     width = 2 * shape.kv_heads * shape.block_size * shape.head_dim
     blocks = min(batch * per_request, TIMED_CACHE_BYTES // (width * shape.dtype.itemsize))
     layout = (blocks, shape.kv_heads, shape.block_size, 2 * shape.head_dim)
-    caches = torch.randn(layout, dtype=shape.dtype, device=device).split(shape.head_dim, dim=-1)
+    cache = torch.randn(layout, dtype=shape.dtype, device=device)
+    k_cache, v_cache = cache.split(shape.head_dim, dim=-1)
     # Where not all have room, requests share blocks, in any order.
     table = torch.randint(blocks, (batch, per_request), dtype=torch.int32, device=device)
     query_start = torch.arange(batch + 1, dtype=torch.int32, device=device) * shape.rows
@@ -149,12 +150,15 @@ def both_forms(
     )
     tail = q[:, : shape.kv_heads]
     out, scale = torch.empty_like(q), shape.head_dim**-0.5
-    return (
-        lambda: tree_attention(q, *caches, tail, tail, context, scale, out),
-        lambda: attend_from_prefix(
-            *(flash, q, *caches, context, query_start, shape.rows, length, scale, out)
-        ),
-    )
+    longest = shape.rows, length
+
+    def split() -> None:
+        tree_attention(q, k_cache, v_cache, tail, tail, context, scale, out)
+
+    def prefix() -> None:
+        attend_from_prefix(flash, q, k_cache, v_cache, context, query_start, *longest, scale, out)
+
+    return split, prefix
 
 
 @functools.cache
