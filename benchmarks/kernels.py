@@ -5,12 +5,15 @@
 On a GPU the Triton kernels are timed, on a CPU the torch references, which are what runs there. The floor
 is the bytes of an op's arguments and results (of tree attention: the context and what the tree adds) over
 the bandwidth of a large copy on the same machine. Tree attention also stands beside the engine's own
-attention of a chain of as many rows (FlashAttention on a GPU, vLLM's CPU kernel on a CPU). Default shape:
-Llama-3-8B with its draft. Prints a table; writes JSON, Markdown and a picture.
+attention of a chain of as many rows (FlashAttention on a GPU, vLLM's CPU kernel on a CPU), and beside its
+other form, the prefix by FlashAttention (a stand-in on a CPU, which is no result). Default shape: Llama-3-8B
+with its draft. Prints a table; writes JSON, Markdown and a picture.
 """
 
 import dataclasses
+import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ import click
 import torch
 from common import numbers, origin
 
+from vllm_griffin.attention.prefix import attend_from_prefix, flash_attention
 from vllm_griffin.kernels import (
     backend,
     kv_compaction,
@@ -69,6 +73,7 @@ class Case:
         run: What runs on this machine; `reference` is None where that is the reference itself.
         bytes: What the floor is made of.
         chain: The engine's own op for a chain of as many rows.
+        prefix: Tree attention in its other form, the prefix by FlashAttention.
     """
 
     op: str
@@ -76,6 +81,7 @@ class Case:
     reference: Callable[[], object] | None
     bytes: int
     chain: Callable[[], object] | None = None
+    prefix: Callable[[], object] | None = None
 
 
 def case(
@@ -154,7 +160,7 @@ def attention_case(shape: Shape) -> Case:
     out, scale = torch.empty_like(q), shape.head_dim**-0.5
     arguments = (q, *views(cache, shape), *tail, context, scale, out)
     read = 2 * shape.batch * shape.context * shape.kv_heads * shape.head_dim * q.itemsize
-    return case(
+    found = case(
         "tree attention",
         attention,
         "tree_attention",
@@ -162,6 +168,27 @@ def attention_case(shape: Shape) -> Case:
         read + size(q, tail, out, tree.bits),
         chain_attention(shape, q, cache, table, starts, prefix, out),
     )
+    query_start = torch.cat([starts, starts[-1:] + shape.rows])
+    from_prefix = functools.partial(
+        attend_from_prefix,
+        *(flash(), q, *views(cache, shape), context, query_start, shape.rows, shape.context),
+        *(scale, out),
+    )
+    return dataclasses.replace(found, prefix=from_prefix)
+
+
+def flash() -> Callable[..., Any]:
+    """vLLM's FlashAttention; on a CPU, where there is none, the tests' stand-in, whose time says nothing."""
+    if DEVICE.type == "cuda":
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+        version = get_flash_attn_version()
+        assert version is not None, "FlashAttention runs on this GPU"
+        return flash_attention(version)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.kernels.attention_cases import flash_attention as stand_in
+
+    return stand_in
 
 
 def views(cache: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
@@ -353,6 +380,7 @@ def measured(found: Case, shape: Shape, speed: float, repeats: int) -> dict[str,
         "reference_ms": found.reference and milliseconds(found.reference, repeats),
         "floor_ms": 1e3 * found.bytes / speed,
         "chain_ms": found.chain and milliseconds(found.chain, repeats),
+        "prefix_ms": found.prefix and milliseconds(found.prefix, repeats),
         "bytes": found.bytes,
     }
 
@@ -365,20 +393,26 @@ def report(rows: list[dict[str, Any]], speed: float, made: dict[str, Any], outpu
     record = {"provenance": made, "runs": runs, "bytes_per_second": speed, "rows": rows}
     provenance.write(output, record)
     lines = [
-        "| op | batch | context | ms | of the floor | of the reference | of the engine's chain |",
-        "|---|---|---|---|---|---|---|",
+        "| op | batch | context | ms | of the floor | of the reference | of the engine's chain | "
+        "of the prefix form |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ratios = [
             f"{row['ms'] / row[of]:.2f}" if row[of] else "-"
-            for of in ("floor_ms", "reference_ms", "chain_ms")
+            for of in ("floor_ms", "reference_ms", "chain_ms", "prefix_ms")
         ]
         lines.append(
             f"| {row['op']} | {row['batch']} | {row['context'] or '-'} | {row['ms']:.3f} | "
             + " | ".join(ratios)
             + " |"
         )
-    lines += ["", f"{runs}; a copy moves {speed / 1e9:.1f} GB/s.", *origin(made)]
+    lines += ["", f"{runs}; a copy moves {speed / 1e9:.1f} GB/s."]
+    if DEVICE.type != "cuda":
+        lines += [
+            "The prefix form runs with torch in FlashAttention's place: its times say nothing."
+        ]
+    lines += origin(made)
     output.with_suffix(".md").write_text("\n".join(lines))
     draw([row for row in rows if row["chain_ms"]], output.with_suffix(".png"))
     click.echo("\n".join(lines))

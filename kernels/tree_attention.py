@@ -4,21 +4,25 @@
     j over  {cached keys 0 .. prefix_len - 1}  +  {tail keys whose bit is set in row r}
 
 The prefix is never masked. The tail is a dense run of keys per request; which of them a row sees
-is one packed bit each. Verification in the target passes the keys of the scheduled rows themselves
-as the tail, a level of the draft tree passes the scratch buffer of the levels so far. Scores and
-sums are float32; a row that sees no key at all gives zeros.
+is one packed bit each. Verification in the target has its tail in the cache too, behind the prefix;
+a level of the draft tree passes the scratch buffer of the levels so far. Scores and sums are float32;
+a row that sees no key at all gives zeros.
+
+A cache of 8-bit floats holds k / k_scale and v / v_scale. Its entries are exact in 16 bits, so the
+scales are factors of the scores and of the result, and nothing is rounded that the cache has not.
 
 Shape letters: T query rows of the batch, B requests, R most rows of a request, H query heads,
 H_kv key heads, D head size, W 64-bit words of tail bits.
 """
 
 # A Triton kernel annotates its constexpr arguments only.
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 
 import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -30,6 +34,7 @@ from vllm_griffin.kernels.packed_bits import unpack_bits
 # Splitting a prefix pays from so many keys a part on; more parts cost more to merge than they win.
 SPLIT_KEYS = 256
 MOST_SPLITS = 32
+COMPUTED_AS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class TreeContext:
         tail_start: First row of the request's tail in ``k_tail`` and ``v_tail``.
         tail_bits: Bit ``j`` of row ``i`` (word ``j // 64``, bit ``j % 64``) set: row ``i`` sees tail
             key ``j``. Keys that no row sees are never read.
-        tail_cached: The tail's keys and values also follow the prefix in the cache, as those of a
-            verification do; reading all from there spares a CPU half of its small operations.
+        tail_cached: The tail's keys and values follow the prefix in the cache, as those of a
+            verification do, and are read there: so a row sees what the cache keeps of them.
     """
 
     # [B, max_blocks] int32
@@ -63,7 +68,7 @@ class TreeContext:
     tail_cached: bool = False
 
     @functools.cached_property
-    def spans(self) -> list["_Span"]:
+    def spans(self) -> list["Span"]:
         """The requests with tree rows, read on the host: for the reference, which a CPU runs."""
         visible = unpack_bits(self.tail_bits)
         rows = torch.arange(visible.shape[1], device=visible.device)
@@ -83,8 +88,9 @@ class TreeContext:
             mask[:, prefix:].masked_fill_(~seen, float("-inf"))
             unused, blind = ~used[b, :length, None], ~seen.any(1, keepdim=True)
             spans.append(
-                _Span(
+                Span(
                     slice(first, first + n),
+                    prefix,
                     None if self.tail_cached else slice(tail, tail + length),
                     prefix + length if self.tail_cached else prefix,
                     tables[b],
@@ -97,10 +103,28 @@ class TreeContext:
 
 
 @dataclass(frozen=True)
-class _Span:
+class QuantScales:
+    """What a cache of 8-bit floats must be multiplied with; it stays on the device.
+
+    Attributes:
+        k, v: Of each key head's cached keys and values.
+        q: Of the queries of each key head, if they are 8-bit floats too.
+    """
+
+    # [H_kv] float32, any stride
+    k: torch.Tensor
+    # [H_kv] float32, any stride
+    v: torch.Tensor
+    # [H_kv] float32, any stride
+    q: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Span:
     """One request of a `TreeContext`, its rows and keys as slices."""
 
     rows: slice
+    prefix: int
     # None: cached, behind the prefix
     tail: slice | None
     cached: int
@@ -113,11 +137,14 @@ class _Span:
     # [rows, 1] bool, None: none. Rows that see no key at all.
     blind: torch.Tensor | None
 
-    def pieces(self, cache: torch.Tensor, tail: torch.Tensor) -> Iterator[torch.Tensor]:
+    def pieces(
+        self, cache: torch.Tensor, tail: torch.Tensor, scale: torch.Tensor | None
+    ) -> Iterator[torch.Tensor]:
         """Keys, or values, block by block where they lie, then the tail; each [H_kv, n, D] float32."""
         size = cache.shape[2]
         for i in range(-(-self.cached // size)):
-            yield cache[self.blocks[i], :, : self.cached - i * size].float()
+            piece = cache[self.blocks[i], :, : self.cached - i * size].float()
+            yield piece if scale is None else piece * scale.view(-1, 1, 1)
         if self.tail is not None:
             new = tail[self.tail].transpose(0, 1).float()
             yield new if self.unused is None else new.masked_fill(self.unused, 0.0)
@@ -138,28 +165,61 @@ def tree_attention_reference(
     scale: float,
     # [T, H, D]
     out: torch.Tensor,
+    scales: QuantScales | None = None,
 ) -> None:
     """The formula above with torch, request by request; arguments as in `tree_attention`."""
     kv_heads = k_cache.shape[1]
+    k_scale, v_scale, q_scale = (scales.k, scales.v, scales.q) if scales else (None, None, None)
     for span in context.spans:
         # [H_kv, group, rows, D], and with a group's rows below each other
         rows = q[span.rows].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
         stacked = rows.flatten(1, 2).float()
-        scores = [stacked @ keys.mT for keys in span.pieces(k_cache, k_tail)]
+        if q_scale is not None:
+            stacked = stacked * q_scale.view(-1, 1, 1)
+        scores = [stacked @ keys.mT for keys in span.pieces(k_cache, k_tail, k_scale)]
         widths = [s.shape[-1] for s in scores]
         joined = torch.cat(scores, -1) if len(scores) > 1 else scores[0]
         weights = torch.add(span.mask, joined.view(*rows.shape[:3], -1), alpha=scale).softmax(-1)
         if span.blind is not None:
             weights = weights.masked_fill(span.blind, 0.0)
         parts = weights.flatten(1, 2).split(widths, -1)
-        values = span.pieces(v_cache, v_tail)
+        values = span.pieces(v_cache, v_tail, v_scale)
         attended = functools.reduce(torch.add, map(torch.matmul, parts, values))
         into = out[span.rows].unflatten(1, (kv_heads, -1))
         into.copy_(attended.view(rows.shape).permute(2, 0, 1, 3))
 
 
 @triton.jit
-def _attend_block(
+def load_cached(
+    # [BLOCK_D, 1]: of a key head, block 0, token 0
+    k_base,
+    # [1, BLOCK_D]
+    v_base,
+    # Of the request
+    table_ptr,
+    # [BLOCK_N]: places in the request's text
+    key,
+    # [BLOCK_N]: which of them to load, the others are 0
+    wanted,
+    # [BLOCK_D]
+    is_dim,
+    block_size,
+    k_block_stride,
+    k_token_stride,
+    v_block_stride,
+    v_token_stride,
+):
+    """Keys [BLOCK_D, BLOCK_N] and values [BLOCK_N, BLOCK_D] from the paged cache."""
+    block = tl.load(table_ptr + key // block_size, mask=wanted, other=0).to(tl.int64)
+    k_offset = block * k_block_stride + (key % block_size) * k_token_stride
+    v_offset = block * v_block_stride + (key % block_size) * v_token_stride
+    k = tl.load(k_base + k_offset[None, :], mask=is_dim[:, None] & wanted[None, :], other=0.0)
+    v = tl.load(v_base + v_offset[:, None], mask=wanted[:, None] & is_dim[None, :], other=0.0)
+    return k, v
+
+
+@triton.jit
+def attend_block(
     # [BLOCK_M, BLOCK_D]
     q,
     # [BLOCK_D, BLOCK_N]
@@ -175,11 +235,9 @@ def _attend_block(
     total,
     # [BLOCK_M, BLOCK_D]: weighted sum of the values so far
     acc,
-    UPCAST: tl.constexpr,
 ):
-    """One step of the online softmax; returns the new (top, total, acc)."""
-    if UPCAST:
-        k, v = k.to(tl.float32), v.to(tl.float32)
+    """One step of the online softmax, computed in q's dtype; returns the new (top, total, acc)."""
+    k, v = k.to(q.dtype), v.to(q.dtype)
     scores = tl.dot(q, k, input_precision="ieee") * scale_log2
     scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
@@ -190,6 +248,23 @@ def _attend_block(
     total = total * shrink + tl.sum(weights, axis=1)
     acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return new_top, total, acc
+
+
+@triton.jit
+def load_bits(
+    # [BLOCK_M]: first word of each row
+    bits_ptr,
+    start,
+    # [BLOCK_M]
+    is_row,
+    word_stride,
+    BLOCK_N: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N]: whether a row sees tail keys start .. start + BLOCK_N - 1."""
+    # BLOCK_N divides 64: a block of keys lies in one word.
+    word = tl.load(bits_ptr + (start // 64) * word_stride, mask=is_row, other=0)
+    shift = (start % 64 + tl.arange(0, BLOCK_N)).to(tl.int64)
+    return ((word[:, None] >> shift[None, :]) & 1) != 0
 
 
 @triton.jit
@@ -211,6 +286,10 @@ def _tree_attention_kernel(
     tail_start_ptr,
     # [B, R, W]
     tail_bits_ptr,
+    # [H_kv], each, or None
+    k_scale_ptr,
+    v_scale_ptr,
+    q_scale_ptr,
     # [T, H, D]; split: [SPLITS, B * R, H, D] float32, a part of the result each
     out_ptr,
     # split: [SPLITS, B * R, H] float32, base-2 logarithm of a part's sum of weights
@@ -239,16 +318,20 @@ def _tree_attention_kernel(
     out_head_stride,
     weight_split_stride,
     weight_row_stride,
+    k_scale_stride,
+    v_scale_stride,
+    q_scale_stride,
     max_rows,
     block_size,
     head_dim,
     num_tail_keys,
+    TAIL_CACHED: tl.constexpr,
+    COMPUTE: tl.constexpr,
     SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """One program a request, block of rows, key head and split of the prefix.
 
@@ -270,49 +353,55 @@ def _tree_attention_kernel(
     is_dim = d < head_dim
     token = tl.load(q_start_ptr + request).to(tl.int64) + row
     q_offset = (token * q_token_stride + head * q_head_stride)[:, None] + d[None, :]
-    q = tl.load(q_ptr + q_offset, mask=is_row[:, None] & is_dim[None, :], other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
+    q = tl.load(q_ptr + q_offset, mask=is_row[:, None] & is_dim[None, :], other=0.0).to(COMPUTE)
+    if q_scale_ptr is not None:
+        scale_log2 *= tl.load(q_scale_ptr + kv_head * q_scale_stride)
+    cache_scale_log2 = scale_log2
+    if k_scale_ptr is not None:
+        cache_scale_log2 *= tl.load(k_scale_ptr + kv_head * k_scale_stride)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_base = k_cache_ptr + kv_head * k_head_stride + d[:, None] * k_dim_stride
     v_base = v_cache_ptr + kv_head * v_head_stride + d[None, :] * v_dim_stride
+    table_ptr = block_table_ptr + request * block_table_stride
     blocks_per_split = tl.cdiv(tl.cdiv(prefix_len, BLOCK_N), SPLITS)
     first_key = split * blocks_per_split * BLOCK_N
     end_key = tl.minimum(first_key + blocks_per_split * BLOCK_N, prefix_len)
     for start in range(first_key, end_key, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         cached = key < prefix_len
-        block = block_table_ptr + request * block_table_stride + key // block_size
-        block = tl.load(block, mask=cached, other=0).to(tl.int64)
-        k_offset = block * k_block_stride + (key % block_size) * k_token_stride
-        v_offset = block * v_block_stride + (key % block_size) * v_token_stride
-        k_mask = is_dim[:, None] & cached[None, :]
-        v_mask = cached[:, None] & is_dim[None, :]
-        k = tl.load(k_base + k_offset[None, :], mask=k_mask, other=0.0)
-        v = tl.load(v_base + v_offset[:, None], mask=v_mask, other=0.0)
-        top, total, acc = _attend_block(
-            q, k, v, cached[None, :], scale_log2, top, total, acc, UPCAST
-        )
+        k, v = load_cached(
+            k_base, v_base, table_ptr, key, cached, is_dim, block_size,
+            k_block_stride, k_token_stride, v_block_stride, v_token_stride,
+        )  # fmt: skip
+        top, total, acc = attend_block(q, k, v, cached[None, :], cache_scale_log2, top, total, acc)
+    if v_scale_ptr is not None and not TAIL_CACHED:
+        acc *= tl.load(v_scale_ptr + kv_head * v_scale_stride)
 
     bits_base = tail_bits_ptr + request * bits_request_stride + row * bits_row_stride
-    k_base = k_tail_ptr + kv_head * k_tail_head_stride + d[:, None]
-    v_base = v_tail_ptr + kv_head * v_tail_head_stride + d[None, :]
+    k_tail_base = k_tail_ptr + kv_head * k_tail_head_stride + d[:, None]
+    v_tail_base = v_tail_ptr + kv_head * v_tail_head_stride + d[None, :]
     for start in range(0, tl.where(split == SPLITS - 1, num_tail_keys, 0), BLOCK_N):
-        # BLOCK_N divides 64: a block of keys lies in one word.
-        word = tl.load(bits_base + (start // 64) * bits_word_stride, mask=is_row, other=0)
-        shift = (start % 64 + tl.arange(0, BLOCK_N)).to(tl.int64)
-        visible = ((word[:, None] >> shift[None, :]) & 1) != 0
+        visible = load_bits(bits_base, start, is_row, bits_word_stride, BLOCK_N)
         # Keys that no row sees may lie out of bounds, or in memory nobody has written.
         seen = tl.max(visible.to(tl.int32), axis=0) > 0
-        key = tail_start + start + tl.arange(0, BLOCK_N)
-        k_mask = is_dim[:, None] & seen[None, :]
-        v_mask = seen[:, None] & is_dim[None, :]
-        k = tl.load(k_base + (key * k_tail_token_stride)[None, :], mask=k_mask, other=0.0)
-        v = tl.load(v_base + (key * v_tail_token_stride)[:, None], mask=v_mask, other=0.0)
-        top, total, acc = _attend_block(q, k, v, visible, scale_log2, top, total, acc, UPCAST)
+        if TAIL_CACHED:
+            k, v = load_cached(
+                k_base, v_base, table_ptr, prefix_len + start + tl.arange(0, BLOCK_N), seen, is_dim,
+                block_size, k_block_stride, k_token_stride, v_block_stride, v_token_stride,
+            )  # fmt: skip
+            top, total, acc = attend_block(q, k, v, visible, cache_scale_log2, top, total, acc)
+        else:
+            key = tail_start + start + tl.arange(0, BLOCK_N)
+            k_mask = is_dim[:, None] & seen[None, :]
+            v_mask = seen[:, None] & is_dim[None, :]
+            k = tl.load(k_tail_base + (key * k_tail_token_stride)[None, :], mask=k_mask, other=0.0)
+            v = tl.load(v_tail_base + (key * v_tail_token_stride)[:, None], mask=v_mask, other=0.0)
+            top, total, acc = attend_block(q, k, v, visible, scale_log2, top, total, acc)
+    if v_scale_ptr is not None and TAIL_CACHED:
+        acc *= tl.load(v_scale_ptr + kv_head * v_scale_stride)
 
     total = tl.where(total == 0.0, 1.0, total)
     acc = acc / total[:, None]
@@ -391,6 +480,57 @@ def num_splits(programs: int, max_keys: int, multiprocessors: int) -> int:
     return 1 << (max(useful, 1).bit_length() - 1)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """How a program's rows, keys and head dimension are cut; and in which dtype it multiplies."""
+
+    m: int
+    n: int
+    d: int
+    compute: tl.dtype
+    stages: int
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, head_dim: int, most_rows: int) -> "Blocks":
+        """For activations of `dtype`; queries may be 8-bit floats that stand for them.
+
+        Args:
+            most_rows: Rows of a request and key head, those of all its query heads.
+        """
+        d = max(16, triton.next_power_of_2(head_dim))
+        # Larger accumulators than this spill registers, and take minutes to compile in float32.
+        largest = 16384 // (d * dtype.itemsize)
+        return cls(
+            m=max(16, min(64, largest, triton.next_power_of_2(most_rows))),
+            n=64 if dtype.itemsize == 2 else 32,
+            d=d,
+            # The interpreter multiplies bfloat16 as the integers it keeps them in.
+            compute=tl.float32 if interpreted() else COMPUTED_AS[dtype],
+            # Two stages of keys and values must fit in the shared memory of small GPUs.
+            stages=2 if d * dtype.itemsize < 512 else 1,
+        )
+
+    def options(self) -> dict[str, Any]:
+        """Of the launch."""
+        return {
+            "BLOCK_M": self.m,
+            "BLOCK_N": self.n,
+            "BLOCK_D": self.d,
+            "COMPUTE": self.compute,
+            "num_stages": self.stages,
+        }
+
+
+def scale_pointers(scales: QuantScales | None) -> tuple[torch.Tensor | None, ...]:
+    """k_scale, v_scale and q_scale as a kernel takes them."""
+    return (None, None, None) if scales is None else (scales.k, scales.v, scales.q)
+
+
+def scale_strides(scales: QuantScales | None) -> tuple[int, ...]:
+    """Their strides; 0 for one that is not there."""
+    return tuple(0 if x is None else x.stride(0) for x in scale_pointers(scales))
+
+
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     """The interpreter runs one program after the other."""
@@ -412,6 +552,7 @@ def tree_attention_triton(
     scale: float,
     # [T, H, D]
     out: torch.Tensor,
+    scales: QuantScales | None = None,
     splits: int | None = None,
 ) -> None:
     """`tree_attention` in one launch, or in two with the prefix in `splits` parts.
@@ -422,13 +563,10 @@ def tree_attention_triton(
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     batch, max_rows, words = context.tail_bits.shape
     group = q.shape[1] // num_kv_heads
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    # Larger accumulators than this spill registers, and take minutes to compile in float32.
-    largest = 16384 // (block_d * q.itemsize)
-    block_m = max(16, min(64, largest, triton.next_power_of_2(max_rows * group)))
+    blocks = Blocks.of(out.dtype, head_dim, max_rows * group)
     if batch == 0 or max_rows == 0:
         return
-    row_blocks = triton.cdiv(max_rows * group, block_m)
+    row_blocks = triton.cdiv(max_rows * group, blocks.m)
     if splits is None:
         max_keys = context.block_table.shape[1] * block_size
         programs = batch * row_blocks * num_kv_heads
@@ -440,25 +578,20 @@ def tree_attention_triton(
         weight = torch.empty(shape[:3], dtype=torch.float32, device=q.device)
     _tree_attention_kernel[(batch, row_blocks, num_kv_heads * splits)](
         q, k_cache, v_cache, k_tail, v_tail, context.block_table, context.prefix_lens,
-        context.q_start, context.num_rows, context.tail_start, context.tail_bits, part, weight,
-        scale * math.log2(math.e),
+        context.q_start, context.num_rows, context.tail_start, context.tail_bits,
+        *scale_pointers(scales), part, weight, scale * math.log2(math.e),
         *q.stride()[:2], *k_cache.stride(), *v_cache.stride(),
         *k_tail.stride()[:2], *v_tail.stride()[:2],
         context.block_table.stride(0), *context.tail_bits.stride(), *part.stride()[:3],
-        *weight.stride()[:2], max_rows, block_size, head_dim, 64 * words,
-        SPLITS=splits, GROUP=group,
-        BLOCK_M=block_m, BLOCK_N=64 if q.itemsize == 2 else 32, BLOCK_D=block_d,
-        # The interpreter multiplies bfloat16 as the integers it keeps them in.
-        UPCAST=interpreted(),
-        # Two stages of keys and values must fit in the shared memory of small GPUs.
-        num_stages=2 if block_d * q.itemsize < 512 else 1,
+        *weight.stride()[:2], *scale_strides(scales), max_rows, block_size, head_dim, 64 * words,
+        TAIL_CACHED=context.tail_cached, SPLITS=splits, GROUP=group, **blocks.options(),
     )  # fmt: skip
     if splits > 1:
         merged = 16
         _merge_splits_kernel[(batch, triton.cdiv(max_rows * q.shape[1], merged))](
             part, weight, context.q_start, context.num_rows, out,
             q.shape[1], head_dim, max_rows, batch * max_rows, *out.stride()[:2],
-            SPLITS=splits, BLOCK_M=merged, BLOCK_D=block_d,
+            SPLITS=splits, BLOCK_M=merged, BLOCK_D=blocks.d,
         )  # fmt: skip
 
 
@@ -477,16 +610,18 @@ def tree_attention(
     scale: float,
     # [T, H, D], last dimension contiguous
     out: torch.Tensor,
+    scales: QuantScales | None = None,
 ) -> None:
     """Write the attention of every request's tree rows into ``out``.
 
     Args:
         q: Queries of the batch; ``H`` must be a multiple of ``H_kv``.
         k_cache, v_cache: The paged cache. Strides are free (CPU keys are stored transposed).
-        k_tail, v_tail: Keys and values that the tail bits speak of.
+        k_tail, v_tail: Keys and values that the tail bits speak of; not read if the tail is cached.
         context: Which of them each row sees.
         scale: Factor on the scores, usually ``D ** -0.5``.
-        out: Result, written in place.
+        out: Result, written in place; its dtype is that of the activations.
+        scales: Of a cache of 8-bit floats (``torch.float8_e4m3fn``, ``torch.float8_e5m2``).
     """
     op = tree_attention_triton if use_triton(q.device) else tree_attention_reference
-    op(q, k_cache, v_cache, k_tail, v_tail, context, scale, out)
+    op(q, k_cache, v_cache, k_tail, v_tail, context, scale, out, scales)

@@ -397,6 +397,10 @@ ENGINES: dict[str, tuple[dict[str, Any], str]] = {
         {"environment": {"VLLM_GRIFFIN_TRACE": "/"}},
         "VLLM_GRIFFIN_TRACE=/ cannot be written: ...",
     ),
+    "tree attention's form": (
+        {"environment": {"VLLM_GRIFFIN_TREE_ATTENTION": "flash"}},
+        "VLLM_GRIFFIN_TREE_ATTENTION='flash' is not one of auto, split, prefix",
+    ),
     "misspelt variable": (
         {"environment": {"VLLM_GRIFFIN_KERNEL": "torch"}},
         "the variable VLLM_GRIFFIN_KERNEL is not known: did you mean 'VLLM_GRIFFIN_KERNELS'?",

@@ -5,6 +5,7 @@ with a driver that only names a target, and stops each launch after the compiler
 """
 
 import sys
+from typing import Any
 
 import torch
 import triton
@@ -14,8 +15,13 @@ from triton.runtime import driver
 from vllm_griffin.kernels.kv_compaction import PagedCaches, compact_kv_triton
 from vllm_griffin.kernels.path_ranks import path_ranks_triton
 from vllm_griffin.kernels.token_fusion import fusion_norms_triton
-from vllm_griffin.kernels.tree_attention import TreeContext, tree_attention_triton
+from vllm_griffin.kernels.tree_attention import (
+    QuantScales,
+    TreeContext,
+    tree_attention_triton,
+)
 from vllm_griffin.kernels.tree_growth import advance_frontier_triton, order_tree_triton
+from vllm_griffin.kernels.tree_tail import tree_tail_triton
 from vllm_griffin.kernels.verify import walk_tree_triton
 
 LAUNCH = triton.JITFunction.run
@@ -48,22 +54,51 @@ def zeros(*shape: int, dtype: torch.dtype = INT) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-def tree_attention(dtype: torch.dtype, head_dim: int, splits: int) -> None:
-    cache, tail = zeros(5, 2, 16, head_dim, dtype=dtype), zeros(70, 2, head_dim, dtype=dtype)
-    q, per_request, bits = (
-        zeros(70, 6, head_dim, dtype=dtype),
-        zeros(2),
-        zeros(2, 60, 1, dtype=LONG),
-    )
-    context = TreeContext(zeros(2, 4), per_request, per_request, per_request, per_request, bits)
-    tree_attention_triton(q, cache, cache, tail, tail, context, 0.1, q.clone(), splits)
+def attention_arguments(
+    dtype: torch.dtype,
+    head_dim: int,
+    tail_cached: bool,
+    cache_dtype: torch.dtype | None = None,
+    quantised_queries: bool = False,
+) -> tuple[dict, dict]:
+    """Of attention to a prefix and a tail: those that all its kernels have, and the tail's tensors."""
+    cache, tail = zeros(5, 2, 16, head_dim, dtype=cache_dtype or dtype), zeros(70, 2, head_dim)
+    out, bits = zeros(70, 6, head_dim, dtype=dtype), zeros(2, 60, 1, dtype=LONG)
+    one = torch.ones(1).expand(2)
+    scales = cache_dtype and QuantScales(one, one, one if quantised_queries else None)
+    shared = {
+        "q": out.to(cache_dtype) if quantised_queries else out,
+        "k_cache": cache,
+        "v_cache": cache,
+        "context": TreeContext(zeros(2, 4), *[zeros(2)] * 4, bits, tail_cached),
+        "scale": 0.1,
+        "out": out,
+        "scales": scales,
+    }
+    return shared, {"k_tail": tail.to(dtype), "v_tail": tail.to(dtype)}
+
+
+def tree_attention(splits: int, *arguments: Any) -> None:
+    shared, tail = attention_arguments(*arguments)
+    tree_attention_triton(**shared, **tail, splits=splits)
+
+
+def tree_tail(*arguments: Any) -> None:
+    shared, _ = attention_arguments(*arguments)
+    tree_tail_triton(**shared, prefix_out=shared["out"], prefix_lse=torch.zeros(6, 70))
 
 
 def main(capability: int) -> None:
     driver.set_active(CompileOnly(capability))
     triton.JITFunction.run = compile_instead
-    tree_attention(torch.bfloat16, 80, 1)
-    tree_attention(torch.float32, 64, 4)
+    tree_attention(1, torch.bfloat16, 80, True)
+    tree_attention(4, torch.float32, 64, False)
+    tree_tail(torch.bfloat16, 128, True)
+    # Older architectures have no 8-bit floats of this kind, and vLLM no such cache on them.
+    if capability >= 89:
+        tree_attention(4, torch.bfloat16, 128, False, torch.float8_e4m3fn)
+        tree_attention(1, torch.float16, 64, True, torch.float8_e4m3fn, True)
+        tree_tail(torch.bfloat16, 64, True, torch.float8_e4m3fn, True)
     level = zeros(2, 10, 10, dtype=torch.float32), zeros(2, 10, 10, dtype=LONG)
     advance_frontier_triton(*level, level[0][:, 0], level[1][:, :, :1], 10, 10)
     pool = zeros(2, 510, dtype=LONG), zeros(2, 510, dtype=torch.float32), zeros(2, 510)

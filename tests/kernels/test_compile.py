@@ -18,6 +18,7 @@ KERNELS = {
     "_merge_splits_kernel",
     "_path_ranks_kernel",
     "_tree_attention_kernel",
+    "_tree_tail_kernel",
     "_walk_kernel",
 }
 # Shared memory of one program on the smallest data-centre and desktop GPUs since Ampere, bytes.
@@ -26,12 +27,17 @@ SHARED_MEMORY = 99 * 1024
 
 # Not asked of triton.backends, which the CPU shim of this process replaces.
 @pytest.mark.skipif(not find_spec("triton.backends.nvidia"), reason="Triton without CUDA compiler")
-def test_kernels_compile_for_cuda(tmp_path):
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_kernels_compile_for_cuda(tmp_path, capability):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)
     script = Path(__file__).with_name("compile_kernels.py")
     run = subprocess.run(
-        [sys.executable, str(script), "80"], env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, str(script), capability],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     shared = [line.split() for line in run.stdout.splitlines()]

@@ -27,7 +27,7 @@ def build(paths: list[list[int]], block_size: int, dim: int, transposed: bool, d
     width = max(map(len, paths)) + 1
     num_blocks = sum(rows) // block_size + 3
     shape = (LAYERS, num_blocks, 3, block_size, dim)
-    k, v = (torch.randn(shape).to(dtype).to(DEVICE) for _ in range(2))
+    k, v = ((100 * torch.randn(shape)).to(dtype).to(DEVICE) for _ in range(2))
     if transposed:
         k = k.mT.contiguous().mT
     caches = PagedCaches(list(k), list(v))

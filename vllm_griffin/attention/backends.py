@@ -5,13 +5,30 @@ chunks and plain decodes as ever, and then overwrites the rows that belong to a 
 """
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_griffin.attention.metadata import attached_tree, only_tree
-from vllm_griffin.kernels.tree_attention import tree_attention
+from vllm_griffin.attention.prefix import (
+    ENV,
+    Shape,
+    attend_from_prefix,
+    demanded_form,
+    faster_forms,
+    flash_attention,
+)
+from vllm_griffin.kernels.tree_attention import TreeContext, tree_attention
+
+# vLLM shows what is logged below its own name.
+logger = init_logger("vllm.griffin.attention")
 
 
 class TreeAttentionMixin:
@@ -33,6 +50,10 @@ class TreeAttentionMixin:
             value = getattr(self, name, None)
             if value is not None and not (isinstance(value, (int, float)) and value == 0):
                 raise ValueError(f"method 'griffin' does not support attention with {name}")
+        # The engine's own check comes before a checkpoint may name such a cache.
+        cache_dtype = getattr(self, "kv_cache_dtype", "auto")
+        if is_quantized_kv_cache(cache_dtype):
+            raise ValueError(f"method 'griffin' does not support kv_cache_dtype={cache_dtype!r}")
         window = getattr(self, "sliding_window", None)
         if window not in (None, -1, (-1, -1)):
             raise ValueError(f"method 'griffin' does not support sliding_window={window}")
@@ -72,20 +93,70 @@ class TreeAttentionMixin:
             )
         tree = attached_tree(attn_metadata)
         if tree is not None:
-            k_cache, v_cache = self.kv_views(kv_cache)
             shape = (-1, self.num_heads, self.head_size)
             kv_shape = (-1, self.num_kv_heads, self.head_size)
-            tree_attention(
+            self.attend_tree(
                 query.view(shape),
-                k_cache,
-                v_cache,
                 key.view(kv_shape),
                 value.view(kv_shape),
+                self.kv_views(kv_cache),
+                attn_metadata,
                 tree,
-                self.scale,
                 output.view(shape),
             )
         return output
+
+    def attend_tree(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        attn_metadata: Any,
+        tree: TreeContext,
+        output: torch.Tensor,
+    ) -> None:
+        """Writes the tree rows of `output`; shapes as in `tree_attention`."""
+        tree_attention(query, *caches, key, value, tree, self.scale, output)
+
+
+class PrefixAttentionMixin(TreeAttentionMixin):
+    """Tree rows of a FlashAttention layer, which has two forms of attending them (`prefix.py`)."""
+
+    vllm_flash_attn_version: int
+    # Whether FlashAttention attends the prefix, by the smallest number of requests for which that holds.
+    prefix_first: Mapping[int, bool] = MappingProxyType({1: False})
+
+    def attend_tree(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        attn_metadata: Any,
+        tree: TreeContext,
+        output: torch.Tensor,
+    ) -> None:
+        """Writes the tree rows of `output`, in the form that is faster for so many requests."""
+        requests = len(tree.num_rows)
+        if not self.prefix_first[max(n for n in self.prefix_first if n <= max(requests, 1))]:
+            super().attend_tree(query, key, value, caches, attn_metadata, tree, output)
+            return
+        tokens = attn_metadata.num_actual_tokens
+        attend_from_prefix(
+            functools.partial(
+                flash_attention(self.vllm_flash_attn_version),
+                num_splits=attn_metadata.max_num_splits,
+            ),
+            query[:tokens],
+            *caches,
+            tree,
+            attn_metadata.query_start_loc[: requests + 1],
+            attn_metadata.max_query_len,
+            attn_metadata.max_seq_len,
+            self.scale,
+            output[:tokens],
+        )
 
 
 def tree_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
@@ -100,6 +171,8 @@ def tree_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
         "TRITON_ATTN": _triton_backend,
     }
     name = backend.get_name()
+    if demanded_form() == "prefix" and name != "FLASH_ATTN":
+        raise ValueError(f"{ENV}='prefix' needs attention backend FLASH_ATTN, and this is {name}")
     if name not in makers:
         raise ValueError(
             f"method 'griffin' does not support attention backend {name}: set "
@@ -117,13 +190,65 @@ def _cpu_backend() -> type[AttentionBackend]:
 
 @functools.cache
 def _flash_backend() -> type[AttentionBackend]:
+    from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.flash_attn import (
         FlashAttentionBackend,
         FlashAttentionImpl,
         FlashAttentionMetadataBuilder,
     )
 
-    return _with_tree(FlashAttentionBackend, FlashAttentionImpl, FlashAttentionMetadataBuilder)
+    class ChoosingBuilder(FlashAttentionMetadataBuilder):
+        """Tells its layers in which form they attend tree rows."""
+
+        def __init__(
+            self,
+            kv_cache_spec: AttentionSpec,
+            layer_names: list[str],
+            vllm_config: VllmConfig,
+            device: torch.device,
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
+            for layer in layers:
+                impl: Any = layer.impl
+                impl.prefix_first = choose_form(impl, kv_cache_spec, vllm_config, device)
+
+    return _with_tree(
+        FlashAttentionBackend, FlashAttentionImpl, ChoosingBuilder, PrefixAttentionMixin
+    )
+
+
+def choose_form(
+    impl: Any, spec: AttentionSpec, vllm_config: VllmConfig, device: torch.device
+) -> Mapping[int, bool]:
+    """What `PrefixAttentionMixin.prefix_first` is for a layer: as demanded, or as timed on `device`.
+
+    Raises:
+        ValueError: the prefix form is demanded where FlashAttention cannot take part.
+    """
+    form = demanded_form()
+    if impl.fa4_hd256:
+        # It takes block tables of exact width, which only vLLM's own call knows.
+        if form == "prefix":
+            raise ValueError(f"{ENV}='prefix' does not work with FlashAttention 4 at head size 256")
+        form = "split"
+    if form != "auto":
+        return {1: form == "prefix"}
+    shape = Shape(
+        heads=impl.num_heads,
+        kv_heads=impl.num_kv_heads,
+        head_dim=impl.head_size,
+        block_size=spec.block_size,
+        dtype=spec.dtype,
+        rows=1 + vllm_config.num_speculative_tokens,
+        context=vllm_config.model_config.max_model_len,
+        batch=vllm_config.scheduler_config.max_num_seqs,
+    )
+    found = faster_forms(shape, impl.vllm_flash_attn_version, device)
+    logger.info_once(
+        "griffin: FlashAttention attends the prefix of trees, by requests: %s", str(found)
+    )
+    return found
 
 
 @functools.cache
@@ -137,11 +262,13 @@ def _triton_backend() -> type[AttentionBackend]:
     return _with_tree(TritonAttentionBackend, TritonAttentionImpl, TritonAttentionMetadataBuilder)
 
 
-def _with_tree(backend: Any, impl: Any, builder: Any) -> type[AttentionBackend]:
+def _with_tree(
+    backend: Any, impl: Any, builder: Any, mixin: type = TreeAttentionMixin
+) -> type[AttentionBackend]:
     """A subclass of a CUDA backend whose implementation knows trees."""
     from vllm.v1.attention.backend import AttentionCGSupport
 
-    tree_impl = type(f"Tree{impl.__name__}", (TreeAttentionMixin, impl), {})
+    tree_impl = type(f"Tree{impl.__name__}", (mixin, impl), {})
 
     class TreeMetadataBuilder(builder):  # type: ignore[misc]
         @classmethod

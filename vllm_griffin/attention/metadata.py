@@ -23,7 +23,7 @@ class TreeRows:
     q_start: torch.Tensor
     # [B] int32
     num_rows: torch.Tensor
-    # [B] int32: cached keys before the root, which every row of the tree sees
+    # [B] int32: cached keys before the root, which every row of the tree sees; 0 without a tree
     prefix_lens: torch.Tensor
     # [B, R, W] int64: bit j of row i = row j is row i or an ancestor of it
     bits: torch.Tensor

@@ -110,11 +110,14 @@ class GriffinModelState(DefaultModelState):
         # One row is a plain decode or the end of a prefill: causal attention is right for it.
         # Where all are trees it may be a tree of no nodes, which nothing else attends.
         rows.num_rows.copy_(num_logits if alone else torch.where(num_logits > 1, num_logits, 0))
-        torch.sub(batch.seq_lens[:num_reqs], num_logits, out=rows.prefix_lens)
+        # Without tree rows nothing of the request is to be read.
+        before = batch.seq_lens[:num_reqs] - rows.num_rows
+        rows.prefix_lens.copy_(torch.where(rows.num_rows > 0, before, 0))
         torch.index_select(self.trees.bits, 0, batch.idx_mapping, out=rows.bits)
         padded = batch.num_reqs_after_padding if full_graph else num_reqs
         if padded > num_reqs:
             self.rows.num_rows[num_reqs:padded] = 0
+            self.rows.prefix_lens[num_reqs:padded] = 0
         return self.rows.of(padded, max_rows)
 
     def _rows_to_capture(self, batch: InputBatch) -> TreeRows | None:
