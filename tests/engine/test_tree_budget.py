@@ -11,6 +11,7 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 from tests.engine.compare import difference
 from tests.engine.harness import Outcome, Request, add, engine, random_prompt, run, tree_paths
@@ -281,3 +282,15 @@ def test_an_easy_request_gets_what_a_hard_one_cannot_use() -> None:
     print(f"acceptance length: {each:.3f} each its own nodes, {shared:.3f} shared")
     assert shared >= each
     assert all(sum(step.nodes) == NODES * len(step.nodes) for step in steps)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tree_budget": NODES}], ids=["whole trees", "budget"])
+def test_vllms_warm_up_of_a_gpu_runs(fields: dict[str, int]) -> None:
+    """It steps by itself, with drafts, and asks what stands in its manager's and its sampler's place."""
+    with engine(PAIR, {"num_speculative_tokens": MOST} | SHAPE | fields) as llm:
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        runner = worker.model_runner
+        manager = runner.adaptive_verification
+        assert isinstance(manager, NodeBudget) == bool(fields)
+        warmup_kernels(runner, worker.execute_model, worker.sample_tokens)
+        assert runner.adaptive_verification is manager

@@ -41,6 +41,9 @@ class TreeVerifier:
     Shapes: L logits rows of the batch, B requests, P = 1 + levels of the tree.
     """
 
+    # vLLM's warm-up on a GPU asks its rejection sampler for it.
+    enable_adaptive_verification = False
+
     def __init__(
         self,
         sampler: Sampler,
