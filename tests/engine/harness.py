@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from tests.engine.forkserver import forked_processes
+
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "data" / "golden"
 MODELS = ROOT / "examples" / "models"
@@ -91,7 +93,7 @@ def engine(
         # It would override the size in the arguments, and counts in GiB.
         "VLLM_CPU_KVCACHE_SPACE": None,
     }
-    with environ(environment), cpu_async_scheduling(async_scheduling):
+    with environ(environment), cpu_async_scheduling(async_scheduling), forked_processes():
         llm = LLM(**arguments)
         try:
             yield llm
