@@ -1,6 +1,7 @@
 """The environment of every test, set before anything imports torch or vLLM."""
 
 import os
+import sys
 
 DEFAULTS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -17,7 +18,10 @@ DEFAULTS = {
 for name, value in DEFAULTS.items():
     os.environ.setdefault(name, value)
 
-import torch  # noqa: E402 - after the above
+import pytest  # noqa: E402 - after the above
+import torch  # noqa: E402
+
+from tests.heap import freeze_imports, keep_frozen  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("VLLM_GRIFFIN_CPU", "1")
@@ -25,3 +29,11 @@ if not torch.cuda.is_available():
 
     # vLLM would call it in time for an engine, but some tests begin with vLLM's inner modules.
     prepare_process()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
+    """All test files have been imported by now, and what those before this one made has gone."""
+    if not torch.cuda.is_available() and "vllm.v1.engine.core" in sys.modules:
+        keep_frozen()
+        freeze_imports()

@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from vllm import SamplingParams
+
+from tests.engine.harness import PAIRS, engine
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for CPUs")
 
-TARGET = Path(__file__).parents[1] / "data" / "golden" / "a" / "target"
+TARGET, _ = PAIRS["golden-a"]
 PROMPTS = [list(range(3, 3 + length)) for length in (1, 5, 30, 90)]
 
 SCRIPT = """
@@ -19,16 +21,12 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 def main():
-    model, prompts, settings = json.loads(sys.stdin.read())
+    model, prompts = json.loads(sys.stdin.read())
     llm = LLM(model=model, skip_tokenizer_init=True, enforce_eager=True, dtype="float32",
               max_model_len=192, max_num_seqs=8, max_num_batched_tokens=64)
-    outputs = []
-    for values in settings:
-        params = SamplingParams(max_tokens=16, ignore_eos=True, detokenize=False, **values)
-        answers = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        outputs.append([list(answer.outputs[0].token_ids) for answer in answers])
-    print(json.dumps(outputs))
-    llm.llm_engine.engine_core.shutdown()
+    params = SamplingParams(max_tokens=16, ignore_eos=True, detokenize=False, temperature=0)
+    answers = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    print(json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
 
 if __name__ == "__main__":
     main()
@@ -44,33 +42,43 @@ SEEDED = [
 ]
 
 
-def generate(prompts, settings, **variables):
+def generate(prompts, **where):
+    """Tokens of each setting's answers, by an engine of this process or of its own."""
+    outputs = []
+    limits = {"max_model_len": 192, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    with engine("golden-a", **limits, **where) as llm:
+        for values in (GREEDY, *SEEDED):
+            params = SamplingParams(max_tokens=16, ignore_eos=True, detokenize=False, **values)
+            answers = llm.generate(
+                [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
+            )
+            outputs.append([list(answer.outputs[0].token_ids) for answer in answers])
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def in_process():
+    return generate(PROMPTS)
+
+
+def test_greedy_tokens_are_those_of_the_other_runner(in_process):
+    """Which a process takes for good."""
+    without = {"VLLM_GRIFFIN_CPU": "0", "TRITON_INTERPRET": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        input=json.dumps([str(TARGET), prompts, settings]),
-        env=os.environ | variables,
+        input=json.dumps([str(TARGET), PROMPTS]),
+        env=os.environ | without,
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert result.returncode == 0, result.stderr
-    # An engine in a process of its own prints to the same place.
-    return json.loads(next(line for line in result.stdout.splitlines() if line[:2] == "[["))
-
-
-@pytest.fixture(scope="module")
-def in_process():
-    return generate(PROMPTS, [GREEDY, *SEEDED])
-
-
-def test_greedy_tokens_are_those_of_the_other_runner(in_process):
-    without = {"VLLM_GRIFFIN_CPU": "0", "TRITON_INTERPRET": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    assert generate(PROMPTS, [GREEDY], **without)[0] == in_process[0]
+    assert json.loads(result.stdout.splitlines()[-1]) == in_process[0]
 
 
 def test_an_engine_process_of_its_own_gives_the_same(in_process):
     """And a request of its own the same as in a batch."""
-    alone = generate(PROMPTS[2:3], [GREEDY, *SEEDED], VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    alone = generate(PROMPTS[2:3], processes=True)
     assert [tokens[0] for tokens in alone] == [tokens[2] for tokens in in_process]
 
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from tests.engine.forkserver import forked_processes
+
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "data" / "golden"
 MODELS = ROOT / "examples" / "models"
@@ -24,6 +26,8 @@ PAIRS = {
 }
 # Two best this close in float32 are a tie: batch shapes change the last bits of a logit.
 NEAR_TIE = 1e-4
+# Room for 100,000 tokens of the tiny target; to fill more with zeros takes as long as a test.
+KV_CACHE_BYTES = 1 << 28
 
 
 @dataclass
@@ -78,6 +82,7 @@ def engine(
         "max_num_seqs": 16,
         "disable_log_stats": False,
         "seed": 0,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
     } | kwargs
     if spec is not None:
         arguments["speculative_config"] = {"method": "griffin", "model": str(draft)} | spec
@@ -85,8 +90,10 @@ def engine(
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if processes else "0",
         "VLLM_GRIFFIN_KERNELS": kernels,
         "VLLM_GRIFFIN_TRACE": str(trace) if trace else "",
+        # It would override the size in the arguments, and counts in GiB.
+        "VLLM_CPU_KVCACHE_SPACE": None,
     }
-    with environ(environment), cpu_async_scheduling(async_scheduling):
+    with environ(environment), cpu_async_scheduling(async_scheduling), forked_processes():
         llm = LLM(**arguments)
         try:
             yield llm
@@ -97,18 +104,22 @@ def engine(
 
 
 @contextlib.contextmanager
-def environ(values: dict[str, str]) -> Iterator[None]:
-    """Sets environment variables for a while."""
+def environ(values: dict[str, str | None]) -> Iterator[None]:
+    """Sets environment variables for a while, or unsets those that are None."""
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    _set(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def run(*arguments: object) -> None:
 def acceptance(drafts: list[Path], prompts: Path, output: Path) -> dict[tuple[str, str], float]:
     """Acceptance length by draft and tree, in the engine at T=0."""
     run("-m", "vllm_griffin.cli", "eval", "--target", TARGET, "--prompts", prompts,
-        "--limit", 8, "--max-tokens", 48, "--temperature", 0, "--output", output,
+        "--limit", 4, "--max-tokens", 32, "--temperature", 0, "--output", output,
         *(option for draft in drafts for option in ("--draft", draft)))  # fmt: skip
     rows = json.loads((output / "evaluation.json").read_text())["rows"]
     return {(Path(row["draft"]).name, row["tree"]): row["acceptance_length"] for row in rows}
@@ -42,7 +42,7 @@ def test_trained_draft_is_accepted_more(tmp_path: Path) -> None:
         "--output", tmp_path / "data")  # fmt: skip
     train = (*command, "train", "--target", TARGET, "--data", tmp_path / "data", "--vocabulary", 0,
              "--batch-tokens", 1024)  # fmt: skip
-    run(*train, "--output", tmp_path / "trained", "--steps", 100)
+    run(*train, "--output", tmp_path / "trained", "--steps", 60)
     # A learning rate of nothing: the draft as it is before training.
     run(*train, "--output", tmp_path / "fresh", "--stages", "1:1", "--lr", 0, "--muon-lr", 0)
     drafts = [tmp_path / "trained", tmp_path / "fresh"]
