@@ -74,7 +74,7 @@ def test_decode_rates_of_a_shape(tmp_path: Path) -> None:
         "generate.py",
         *("shape", "--eager", "--hidden", "64", "--intermediate", "96", "--layers", "2"),
         *("--heads", "2", "1", "--vocab", "640", "--context", "20", "--acceptance", "2.5"),
-        *("--tree", "7,3,3", "--batches", "1,2", "--rounds", "2", "--max-tokens", "41"),
+        *("--tree", "7,3,3", "--batches", "1,2", "--rounds", "1", "--max-tokens", "31"),
         *("--dtype", "float32", "--logs", str(tmp_path)),
     )
     rows = {(row["engine"].split(",")[0], row["batch"]): row for row in record["rows"]}

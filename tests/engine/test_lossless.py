@@ -63,7 +63,7 @@ SETTINGS = [
 VOCABULARY = {"golden-a": 512, "golden-b": 512, "tiny": 2048}
 # Small enough that long prompts take several chunks and full batches have their trees trimmed.
 MAX_BATCHED_TOKENS = 128
-INTERPRETED_TOKENS = 9
+INTERPRETED_TOKENS = 6
 PROMPT_LENGTHS = (1, 2, 3, 150, 31, 32, 33, 160, 64, 127, 128, 200, 129, 5, 40, 90)
 
 
