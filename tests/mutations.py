@@ -40,6 +40,34 @@ class Mutation:
 
 MUTATIONS = (
     Mutation(
+        "a replayed graph verifies the trees that it was captured with",
+        "vllm_griffin/runner/model_state.py",
+        "rows = self.rows.of(num_reqs, self.rows.bits.shape[1])",
+        "rows = TreeRows.empty(num_reqs, self.trees.bits)",
+        "tests/engine/test_graphs.py::test_replays_give_what_eager_steps_give",
+    ),
+    Mutation(
+        "a replayed graph grows trees behind the texts that it was captured with",
+        "vllm_griffin/runner/graphs.py",
+        "        into.prefix_lens.copy_(start.prefix_lens)\n",
+        "",
+        "tests/engine/test_graphs.py::test_replays_give_what_eager_steps_give",
+    ),
+    Mutation(
+        "a step shares out the nodes that are worth least",
+        "vllm_griffin/tree/share.py",
+        'worth.where(rows < most.unsqueeze(1), float("-inf"))',
+        '-worth.where(rows < most.unsqueeze(1), float("inf"))',
+        "tests/engine/test_tree_budget.py::test_outputs_are_those_without_speculation[sync]",
+    ),
+    Mutation(
+        "a row without prefix takes what FlashAttention has left there",
+        "kernels/tree_tail.py",
+        "known = row < tl.where(prefix_len > 0, num_rows, 0)",
+        "known = row < num_rows",
+        "tests/kernels/test_tree_tail.py::test_goes_on_from_the_prefix",
+    ),
+    Mutation(
         "the deepest nodes do not see their first ancestor",
         "kernels/tree_order.py",
         "    for _ in range(max_depth):\n        ancestor =",
@@ -77,8 +105,8 @@ MUTATIONS = (
     Mutation(
         "tree rows miss the last key of the context",
         "vllm_griffin/runner/model_state.py",
-        "prefix_lens=(seq_lens - num_logits).to(torch.int32)",
-        "prefix_lens=(seq_lens - num_logits - 1).to(torch.int32)",
+        "before = batch.seq_lens[:num_reqs] - rows.num_rows",
+        "before = batch.seq_lens[:num_reqs] - rows.num_rows - 1",
         REQUESTS + "test_mixed_batch_is_lossless",
     ),
     Mutation(

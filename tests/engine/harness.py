@@ -67,11 +67,15 @@ def engine(
     *,
     async_scheduling: bool = False,
     processes: bool = False,
+    fresh: bool = False,
     kernels: str = "torch",
     trace: Path | None = None,
     **kwargs: Any,
 ) -> Iterator[LLM]:
-    """An engine on one of the PAIRS; ``spec`` holds the griffin fields besides method and model."""
+    """An engine on one of the PAIRS; ``spec`` holds the griffin fields besides method and model.
+
+    ``fresh``: processes of the engine start as a user's do, and import vLLM by themselves.
+    """
     target, draft = PAIRS[pair]
     arguments: dict[str, Any] = {
         "model": str(target),
@@ -93,7 +97,8 @@ def engine(
         # It would override the size in the arguments, and counts in GiB.
         "VLLM_CPU_KVCACHE_SPACE": None,
     }
-    with environ(environment), cpu_async_scheduling(async_scheduling), forked_processes():
+    starting = contextlib.nullcontext() if fresh else forked_processes()
+    with environ(environment), cpu_async_scheduling(async_scheduling), starting:
         llm = LLM(**arguments)
         try:
             yield llm

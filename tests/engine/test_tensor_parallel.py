@@ -55,7 +55,7 @@ class Runs:
             self.plain = run(llm, requests)
         with engine("tiny", tensor_parallel_size=2, **LIMITS) as llm:
             self.plain_two = run(llm, requests)
-        with engine("tiny", SPEC, trace=trace, **LIMITS, **TWO_RANKS) as llm:
+        with engine("tiny", SPEC, trace=trace, fresh=True, **LIMITS, **TWO_RANKS) as llm:
             llm.collective_rpc("record_decisions")
             self.griffin = run(llm, [*requests, _unseeded()])
             self.decided = llm.collective_rpc("decided")

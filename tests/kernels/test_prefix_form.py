@@ -115,7 +115,7 @@ def test_what_flash_attention_cannot_is_refused(layer, monkeypatch):
 
 @pytest.mark.parametrize("rows", [8, 64, 65])
 def test_timed_forms_are_one_result(rows, monkeypatch):
-    """What is timed is what runs: both forms of a synthetic step write the same."""
+    """Both forms of a synthetic step attend the same tree."""
     results = []
     monkeypatch.setattr(
         torch, "empty_like", lambda like: results.append(torch.zeros_like(like)) or results[-1]
@@ -128,6 +128,37 @@ def test_timed_forms_are_one_result(rows, monkeypatch):
     from_prefix()
     assert expected.abs().sum() > 0
     torch.testing.assert_close(results[0], expected)
+
+
+def test_forms_are_timed_for_batches_that_can_be(monkeypatch):
+    """Up to the requests whose trees fit into a step; a layer goes by the size below its own."""
+    monkeypatch.delenv(prefix.ENV, raising=False)
+    tokens = []
+
+    def bench(attend, return_mode):
+        before = len(tokens)
+        attend()
+        # FlashAttention takes 1.5 for one request and half of that for four, the other form 1.
+        return 1.5 / len(tokens) if len(tokens) > before else 1.0
+
+    def flash(**arguments):
+        tokens.append(len(arguments["q"]))
+        return flash_attention(**arguments)
+
+    monkeypatch.setattr("triton.testing.do_bench", bench)
+    monkeypatch.setattr(prefix, "flash_attention", lambda version: flash)
+    impl = SimpleNamespace(
+        fa4_hd256=False, num_heads=4, num_kv_heads=2, head_size=32, vllm_flash_attn_version=2
+    )
+    config = SimpleNamespace(
+        num_speculative_tokens=6,
+        model_config=SimpleNamespace(max_model_len=70),
+        scheduler_config=SimpleNamespace(max_num_seqs=64, max_num_batched_tokens=70),
+    )
+    spec = SimpleNamespace(block_size=16, dtype=torch.float32)
+    found = backends.choose_form(impl, spec, config, torch.device("cpu"))
+    assert tokens == [7, 28], "ten requests at most, so one and four are timed"
+    assert found == {1: False, 4: True}
 
 
 def test_a_quantised_cache_is_refused_by_the_layer(layer):

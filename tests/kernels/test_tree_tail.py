@@ -96,7 +96,7 @@ def test_triton_goes_on_over_the_grid(setting):
 
 @pytest.mark.parametrize("op", OPS)
 def test_result_may_lie_where_the_prefix_does(op):
-    """As where a batch has tree rows alone, and FlashAttention wrote into the layer's output."""
+    """Each row is read before it is written."""
     x = build(Case(tail_cached=True, prefix=[20, 37]), torch.float32)
     expected = x | {"out": x["out"].clone()}
     run(tree_attention_reference, expected)

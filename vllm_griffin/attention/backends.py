@@ -210,6 +210,9 @@ def _flash_backend() -> type[AttentionBackend]:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
             layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
             for layer in layers:
+                # A draft's tree levels have their tail elsewhere: they always take our kernel.
+                if getattr(layer, "is_draft_layer", False):
+                    continue
                 impl: Any = layer.impl
                 impl.prefix_first = choose_form(impl, kv_cache_spec, vllm_config, device)
 
@@ -234,15 +237,18 @@ def choose_form(
         form = "split"
     if form != "auto":
         return {1: form == "prefix"}
+    rows = 1 + vllm_config.num_speculative_tokens
+    scheduler = vllm_config.scheduler_config
     shape = Shape(
         heads=impl.num_heads,
         kv_heads=impl.num_kv_heads,
         head_dim=impl.head_size,
         block_size=spec.block_size,
         dtype=spec.dtype,
-        rows=1 + vllm_config.num_speculative_tokens,
+        rows=rows,
         context=vllm_config.model_config.max_model_len,
-        batch=vllm_config.scheduler_config.max_num_seqs,
+        # More trees do not fit into a step.
+        batch=min(scheduler.max_num_seqs, max(1, scheduler.max_num_batched_tokens // rows)),
     )
     found = faster_forms(shape, impl.vllm_flash_attn_version, device)
     logger.info_once(
