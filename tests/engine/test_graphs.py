@@ -2,12 +2,14 @@
 
 A CPU has no CUDA graphs. Here a graph keeps what was captured as it was captured (metadata, slices of
 buffers, plans), and a replay runs just that again, so whatever a step hands over by another tensor
-than the captured one is missed, as it would be on a GPU.
+than the captured one is missed, as it would be on a GPU. Launches, memory of a graph's own and what
+CUDA cannot capture are not tested by this.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from tests.engine.harness import Request, engine, random_prompt, run
+from vllm_griffin.cost import StepTimer
 from vllm_griffin.kernels.tree_attention import TreeContext
 
 # Trees by batch size, and the token counts that are captured. With one size of tree a batch of two
@@ -66,10 +69,14 @@ def replaying(sizes: list[int], log: list[str]) -> Iterator[None]:
         yield
 
 
+def runner_of(llm: LLM) -> Any:
+    """The model runner of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 def capture(llm: LLM) -> None:
     """What `capture_model` of vLLM's runner does, without what needs a GPU."""
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    runner = worker.model_runner
+    runner = runner_of(llm)
     with torch.inference_mode():
         runner.cudagraph_manager.capture(
             runner.model,
@@ -116,3 +123,18 @@ def test_replays_give_what_eager_steps_give(case: str) -> None:
     targets = {name for name in log if name.startswith("ModelCudaGraphManager")}
     assert len(targets) >= 2
     assert len({name for name in log if name.startswith("TreeGraphs")}) >= 2
+
+
+def test_every_tree_that_may_be_chosen_has_a_graph() -> None:
+    """Also where the engine serves fewer requests at once than there are trees."""
+    spec = {
+        "num_speculative_tokens_per_batch_size": "auto",
+        "tree_acceptance": {"3,1,3": 2.0, "7,3,3": 2.2, "30,6,5": 2.5},
+    }
+    times = mock.patch.object(StepTimer, "seconds", lambda self, batch, nodes: 1.0 + nodes)
+    with replaying([1, 31], []), times, engine("golden-a", spec, max_num_seqs=1) as llm:
+        manager = runner_of(llm).cudagraph_manager
+        descs = manager._capture_descs[CUDAGraphMode.FULL]
+        trees = runner_of(llm).speculator.graphs._capture_descs[CUDAGraphMode.FULL]
+    assert {d.uniform_token_count for d in descs} == {1, 4, 8, 31}
+    assert {d.num_nodes for d in trees} == {3, 7, 30}

@@ -279,8 +279,8 @@ def _with_tree(
     class TreeMetadataBuilder(builder):  # type: ignore[misc]
         @classmethod
         def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
-            # A full graph holds tree attention alone, for batches in which every request has a
-            # tree of one size; others run between piecewise graphs.
+            # A full graph of more than one row a request holds tree attention alone, for batches in
+            # which every request has a tree of one size; what else there is does not run in one.
             support = super().get_cudagraph_support(*args, **kwargs)
             return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda s: s.value)
 

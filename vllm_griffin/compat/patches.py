@@ -106,8 +106,9 @@ def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
 
         # Who builds a VllmConfig by hand has not been through EngineArgs.
         check_engine(vllm_config)
-        # Its module is loaded now, and only now.
-        RUNNER_PATCH.apply()
+        # Their modules are loaded now, and only now.
+        for patch in RUNNER_PATCHES:
+            patch.apply()
         return TreeSpeculator(vllm_config, device)
 
     return init_speculator
@@ -132,6 +133,20 @@ def _initialize_kv_cache(original: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return initialize_kv_cache
+
+
+def _graph_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    def build_dynamic_sd_schedule_lookup(
+        num_speculative_tokens_per_batch_size: Any,
+        vllm_max_batch_size: int,
+        vllm_num_speculative_tokens: int,
+    ) -> list[int]:
+        schedule = num_speculative_tokens_per_batch_size
+        # As many batch sizes as "auto" has trees, however few requests the engine serves.
+        most = max(vllm_max_batch_size, len(schedule))
+        return original(schedule, most, vllm_num_speculative_tokens)
+
+    return build_dynamic_sd_schedule_lookup
 
 
 def _get_attn_backend(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -284,13 +299,27 @@ WORKER_PATCHES = (
     ),
 )
 
-RUNNER_PATCH = Patch(
-    module="vllm.v1.worker.gpu.model_runner",
-    name="GPUModelRunner.initialize_kv_cache",
-    parameters=("self", "kv_cache_config", "is_profiling", "kv_cache_allocation_context"),
-    replacement=_initialize_kv_cache,
-    reason="the runner lets only dspark's manager trim drafts on the device, which wants CUDA graphs",
-    until="a speculator can bring a manager of its own",
+RUNNER_PATCHES = (
+    Patch(
+        module="vllm.v1.worker.gpu.model_runner",
+        name="GPUModelRunner.initialize_kv_cache",
+        parameters=("self", "kv_cache_config", "is_profiling", "kv_cache_allocation_context"),
+        replacement=_initialize_kv_cache,
+        reason="the runner lets only dspark's manager trim drafts on the device, which wants CUDA graphs",
+        until="a speculator can bring a manager of its own",
+    ),
+    Patch(
+        module="vllm.v1.worker.gpu.cudagraph_utils",
+        name="build_dynamic_sd_schedule_lookup",
+        parameters=(
+            "num_speculative_tokens_per_batch_size",
+            "vllm_max_batch_size",
+            "vllm_num_speculative_tokens",
+        ),
+        replacement=_graph_sizes,
+        reason="graphs are captured for the sizes of the first batch sizes only, and any tree may be chosen",
+        until="graphs are captured for each size of the schedule",
+    ),
 )
 
 ENGINE_CORE_PATCHES = (

@@ -116,6 +116,8 @@ class GriffinDraftModel(nn.Module):
         self.num_kv_heads = layer.self_attn.num_kv_heads
         self.head_dim = layer.self_attn.head_dim
         self.lm_head: nn.Module | None = None
+        # The draft's own part of it, made once: a captured CUDA graph reads it where it lies.
+        self.reduced_head: nn.Module | None = None
         # [V_d] int64, ascending; None: the whole vocabulary
         self.draft_tokens: Tensor | None = None
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
@@ -198,7 +200,7 @@ class GriffinDraftModel(nn.Module):
             logger.info("griffin: the draft keeps its own embedding, the target's differs")
 
     def draft_from(self, tokens: list[int]) -> None:
-        """Give the draft an LM head of its own, the target's rows of `tokens`.
+        """Give the draft an LM head of its own, the target's rows of `tokens`, the same at each call.
 
         The rows are read off the head's outputs, since it may keep its weight packed or quantised.
         Ranks have other parts of this head than of the target's, so all see all of its outputs.
@@ -208,7 +210,12 @@ class GriffinDraftModel(nn.Module):
         dtype = next(self.layers.parameters()).dtype
         ids = torch.tensor(tokens)
         bias = getattr(source, "bias", None)
-        head: Any = ParallelLMHead(len(ids), self.config.hidden_size, bias=bias is not None)
+        if self.reduced_head is None:
+            self.reduced_head = ParallelLMHead(
+                len(ids), self.config.hidden_size, bias=bias is not None
+            )
+            self.draft_tokens = ids
+        head: Any = self.reduced_head
         part = head.shard_indices
         own = ids[part.org_vocab_start_index : part.org_vocab_end_index]
         with torch.inference_mode():
@@ -219,7 +226,7 @@ class GriffinDraftModel(nn.Module):
             if bias is not None:
                 head.bias[: len(own)] = tensor_model_parallel_all_gather(bias)[own]
         head.quant_method.process_weights_after_loading(head)
-        self.lm_head, self.draft_tokens = head, ids
+        self.lm_head = head
         whole = self.logits_processor
         self.logits_processor = LogitsProcessor(
             len(ids), scale=whole.scale, soft_cap=whole.soft_cap

@@ -4,7 +4,7 @@ The target's verification is captured by vLLM; this is the like for growing tree
 manager of graphs (memory pool, warm-up, tensor parallel capture, memory estimate at start-up).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,14 +57,15 @@ class TreeGraphs(CudaGraphManager):
         self,
         vllm_config: VllmConfig,
         device: torch.device,
-        sizes: Iterable[int],
+        level_rows: Mapping[int, int],
         grow: Callable[[TreeStart, int], OrderedTree],
         buffers: TreeStart,
     ) -> None:
         """Plans the graphs.
 
         Args:
-            sizes: Nodes of the trees that the engine may ask for.
+            level_rows: Nodes of the trees that the engine may ask for, and a level's rows of each. Where a
+                batch has more rows than vLLM captures of the target, launches are not what takes the time.
             grow: Captured; the trees of so many nodes from a start.
             buffers: As many requests as the engine serves; read by the graphs at their addresses.
                 The block table is kept up by vLLM, the rest is written before each replay.
@@ -74,9 +75,14 @@ class TreeGraphs(CudaGraphManager):
         self._grow = grow
         self._buffers = buffers
         self._trees: dict[TreeBatchDescriptor, OrderedTree] = {}
-        sizes = sorted(sizes, reverse=True)
+        most = self.compilation_config.max_cudagraph_capture_size
         self._capture_descs = {
-            mode: [TreeBatchDescriptor(**vars(desc), num_nodes=n) for desc in descs for n in sizes]
+            mode: [
+                TreeBatchDescriptor(**vars(desc), num_nodes=nodes)
+                for desc in descs
+                for nodes, rows in sorted(level_rows.items(), reverse=True)
+                if desc.num_tokens * rows <= most
+            ]
             for mode, descs in self._capture_descs.items()
         }
 

@@ -69,17 +69,19 @@ class GriffinModelState(DefaultModelState):
     ) -> dict[str, Any]:
         """vLLM's attention metadata with the batch's trees attached."""
         attn_metadata = super().prepare_attn(input_batch, cudagraph_mode, *args, **kwargs)
+        full = cudagraph_mode == CUDAGraphMode.FULL
         # vLLM names it in each of its calls.
         if kwargs.get("for_capture"):
             rows = self._rows_to_capture(input_batch)
             attach_tree(attn_metadata, rows, alone=rows is not None)
         elif input_batch.num_draft_tokens == 0:
+            assert not full or input_batch.num_scheduled_tokens.max() == 1, "a graph of trees"
             attach_tree(attn_metadata, None, alone=False)
         else:
             drafts = input_batch.num_draft_tokens_per_req
             assert drafts is not None
             alone = bool(((drafts > 0) & (input_batch.num_scheduled_tokens == 1 + drafts)).all())
-            full = cudagraph_mode == CUDAGraphMode.FULL
+            assert alone or not full, "a full graph attends trees only"
             attach_tree(attn_metadata, self._tree_rows(input_batch, alone, full), alone)
         return attn_metadata
 

@@ -115,7 +115,13 @@ class TreeSpeculator(DraftModelSpeculator):
             if self.shares_nodes
             else None,
         )
-        self.graphs = TreeGraphs(self.vllm_config, self.device, self.sizes, self._grow, buffers)
+        self.graphs = TreeGraphs(
+            self.vllm_config,
+            self.device,
+            {size: self.grower_of(size).top_k for size in self.sizes},
+            self._grow,
+            buffers,
+        )
 
     def capture(self) -> None:
         """Captures what was planned; the first draft pass, whose shape varies, runs eagerly."""
@@ -163,10 +169,6 @@ class TreeSpeculator(DraftModelSpeculator):
             tokens = self.model.draft_tokens.tolist()
             connect_draft(self.model, self._reloaded_target, self.vllm_config, tokens)
             self._reloaded_target = None
-            if self.graphs is not None:
-                # They read the head that was there before.
-                self.graphs.release_graphs()
-                self.graphs.capture_growth()
         walk = self._step_walk(input_batch, num_sampled, last_sampled, next_prefill_tokens)
         if not self.drafting:
             return self.draft_tokens[:num_reqs]
