@@ -1,7 +1,7 @@
 """Keeps what has been imported out of the garbage collector's way.
 
-vLLM collects garbage ten times in the life of an engine, each time through half a million objects
-of torch and transformers: four of the five seconds that a small engine takes.
+vLLM collects garbage again and again in the life of an engine, each time through all objects of torch
+and transformers: most of the time that a small engine takes.
 """
 
 import atexit

@@ -215,6 +215,7 @@ class GriffinDraftModel(nn.Module):
                 len(ids), self.config.hidden_size, bias=bias is not None
             )
             self.draft_tokens = ids
+        assert self.draft_tokens is not None and torch.equal(self.draft_tokens, ids)
         head: Any = self.reduced_head
         part = head.shard_indices
         own = ids[part.org_vocab_start_index : part.org_vocab_end_index]

@@ -69,20 +69,16 @@ class GriffinModelState(DefaultModelState):
     ) -> dict[str, Any]:
         """vLLM's attention metadata with the batch's trees attached."""
         attn_metadata = super().prepare_attn(input_batch, cudagraph_mode, *args, **kwargs)
-        full = cudagraph_mode == CUDAGraphMode.FULL
         # vLLM names it in each of its calls.
         if kwargs.get("for_capture"):
             rows = self._rows_to_capture(input_batch)
-            attach_tree(attn_metadata, rows, alone=rows is not None)
-        elif input_batch.num_draft_tokens == 0:
-            assert not full or input_batch.num_scheduled_tokens.max() == 1, "a graph of trees"
-            attach_tree(attn_metadata, None, alone=False)
+            alone = rows is not None
         else:
-            drafts = input_batch.num_draft_tokens_per_req
-            assert drafts is not None
-            alone = bool(((drafts > 0) & (input_batch.num_scheduled_tokens == 1 + drafts)).all())
-            assert alone or not full, "a full graph attends trees only"
-            attach_tree(attn_metadata, self._tree_rows(input_batch, alone, full), alone)
+            full = cudagraph_mode == CUDAGraphMode.FULL
+            rows, alone = self._tree_rows(input_batch, full)
+            plain = input_batch.num_scheduled_tokens.max() == 1
+            assert alone or plain or not full, "a full graph attends trees or plain decodes only"
+        attach_tree(attn_metadata, rows, alone)
         return attn_metadata
 
     def prepare_inputs(
@@ -101,11 +97,16 @@ class GriffinModelState(DefaultModelState):
             input_batch.positions[rows] += depth - local
         return inputs
 
-    def _tree_rows(self, batch: InputBatch, alone: bool, full_graph: bool) -> TreeRows:
-        """The batch's trees; a full graph has requests more than the batch, which get no rows."""
+    def _tree_rows(self, batch: InputBatch, full_graph: bool) -> tuple[TreeRows | None, bool]:
+        """The batch's trees, if it has any, and whether it has no other rows.
+
+        A full graph has requests more than the batch, which get no rows.
+        """
+        drafts = batch.num_draft_tokens_per_req
+        if drafts is None or batch.num_draft_tokens == 0:
+            return None, False
+        alone = bool(((drafts > 0) & (batch.num_scheduled_tokens == 1 + drafts)).all())
         num_reqs = batch.num_reqs
-        assert batch.num_draft_tokens_per_req is not None
-        max_rows = 1 + int(batch.num_draft_tokens_per_req.max())
         num_logits = num_logits_rows(batch)
         rows = self.rows.of(num_reqs, self.rows.bits.shape[1])
         rows.q_start.copy_(root_rows(batch, num_logits))
@@ -120,7 +121,7 @@ class GriffinModelState(DefaultModelState):
         if padded > num_reqs:
             self.rows.num_rows[num_reqs:padded] = 0
             self.rows.prefix_lens[num_reqs:padded] = 0
-        return self.rows.of(padded, max_rows)
+        return self.rows.of(padded, 1 + int(drafts.max())), alone
 
     def _rows_to_capture(self, batch: InputBatch) -> TreeRows | None:
         """Rows for the capture of a full graph of a uniform batch; None if it is one of plain decodes.
