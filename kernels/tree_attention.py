@@ -21,7 +21,7 @@ H_kv key heads, D head size, W 64-bit words of tail bits.
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -137,6 +137,15 @@ class Span:
     # [rows, 1] bool, None: none. Rows that see no key at all.
     blind: torch.Tensor | None
 
+    # By heads of a group: the mask, once for each of them
+    stacked_masks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def stacked_mask(self, group: int) -> torch.Tensor:
+        """[group * rows, prefix + tail]; made once, since all layers of a step ask for it."""
+        if group not in self.stacked_masks:
+            self.stacked_masks[group] = self.mask.repeat(group, 1)
+        return self.stacked_masks[group]
+
     def pieces(
         self, cache: torch.Tensor, tail: torch.Tensor, scale: torch.Tensor | None
     ) -> Iterator[torch.Tensor]:
@@ -169,24 +178,28 @@ def tree_attention_reference(
 ) -> None:
     """The formula above with torch, request by request; arguments as in `tree_attention`."""
     kv_heads = k_cache.shape[1]
-    k_scale, v_scale, q_scale = (scales.k, scales.v, scales.q) if scales else (None, None, None)
+    k_scale, v_scale, q_scale = scale_pointers(scales)
     for span in context.spans:
         # [H_kv, group, rows, D], and with a group's rows below each other
         rows = q[span.rows].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
         stacked = rows.flatten(1, 2).float()
         if q_scale is not None:
             stacked = stacked * q_scale.view(-1, 1, 1)
-        scores = [stacked @ keys.mT for keys in span.pieces(k_cache, k_tail, k_scale)]
-        widths = [s.shape[-1] for s in scores]
-        joined = torch.cat(scores, -1) if len(scores) > 1 else scores[0]
-        weights = torch.add(span.mask, joined.view(*rows.shape[:3], -1), alpha=scale).softmax(-1)
+        # Joined as a CPU's cache holds them: keys [H_kv, D, n], values [H_kv, n, D].
+        keys = _joined([piece.mT for piece in span.pieces(k_cache, k_tail, k_scale)], -1)
+        values = _joined(list(span.pieces(v_cache, v_tail, v_scale)), -2)
+        mask = span.stacked_mask(rows.shape[1])
+        weights = torch.baddbmm(mask, stacked, keys, alpha=scale).softmax(-1)
         if span.blind is not None:
-            weights = weights.masked_fill(span.blind, 0.0)
-        parts = weights.flatten(1, 2).split(widths, -1)
-        values = span.pieces(v_cache, v_tail, v_scale)
-        attended = functools.reduce(torch.add, map(torch.matmul, parts, values))
+            weights = weights.masked_fill(span.blind.repeat(rows.shape[1], 1), 0.0)
+        attended = weights @ values
         into = out[span.rows].unflatten(1, (kv_heads, -1))
         into.copy_(attended.view(rows.shape).permute(2, 0, 1, 3))
+
+
+def _joined(pieces: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """One piece as it lies, several in one tensor."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 @triton.jit

@@ -30,6 +30,8 @@ logger = init_logger("vllm.griffin.cost")
 
 # Drafting must promise this much to be tried on real requests: acceptance on the prompts to come is a guess.
 WORTH = 1.1
+# A tree that promises less than this is timed once; the others in so many rounds.
+HOPELESS, ROUNDS = 0.9, 3
 PROMPT_TOKENS = 16
 WARM_STEPS, TIMED_STEPS = 3, 5
 
@@ -73,17 +75,18 @@ def choose(timer: "StepTimer", lengths: Mapping[int, float], most: int) -> list[
     """
     choices = []
     for batch in _powers_of_two(most):
-        plain = timer.seconds(batch, 0)
-        if plain == math.inf:
+        plain = [timer.seconds(batch, 0)]
+        if plain[0] == math.inf:
             break
         best = Choice(batch, 0, 1.0)
-        slower = plain
+        most_ratio = 1.0
         for nodes, length in sorted(lengths.items()):
             # A larger tree takes no less time than a smaller one.
-            if length * plain / slower < WORTH:
+            if length * most_ratio < WORTH:
                 continue
-            slower = timer.seconds(batch, nodes)
-            speedup = length * plain / slower
+            ratio = _ratio(timer, batch, nodes, length, plain)
+            most_ratio = min(most_ratio, ratio)
+            speedup = length * ratio
             if speedup >= max(WORTH, best.speedup):
                 best = Choice(batch, nodes, speedup)
         choices.append(best)
@@ -91,6 +94,21 @@ def choose(timer: "StepTimer", lengths: Mapping[int, float], most: int) -> list[
             break
     # Where not even one request can be timed, no tree is known to pay.
     return choices or [Choice(1, 0, 1.0)]
+
+
+def _ratio(timer: "StepTimer", batch: int, nodes: int, length: float, plain: list[float]) -> float:
+    """Time of a plain step over that of a step with a tree: the median of some rounds.
+
+    A machine's speed drifts, so each tree is timed between two plain steps, whose times `plain` takes.
+    """
+    ratios: list[float] = []
+    for _ in range(ROUNDS):
+        tree = timer.seconds(batch, nodes)
+        if length * plain[-1] / tree < HOPELESS:
+            return plain[-1] / tree
+        plain.append(timer.seconds(batch, 0))
+        ratios.append(statistics.fmean(plain[-2:]) / tree)
+    return statistics.median(ratios)
 
 
 def describe(choices: Sequence[Choice], names: Mapping[int, str]) -> str:

@@ -61,6 +61,15 @@ def test_where_no_tree_pays_there_is_none() -> None:
     assert steps.asked == [(1, 0), (1, 3)]
 
 
+def test_a_machine_that_slows_down_does_not_turn_trees_off() -> None:
+    class Slowing(Steps):
+        def seconds(self, batch: int, nodes: int) -> float:
+            return super().seconds(batch, nodes) * 1.1 ** len(self.asked)
+
+    (choice,) = choose(Slowing(row=0.0), {3: 1.25}, 1)
+    assert choice == Choice(1, 3, pytest.approx(1.25 / 1.1, rel=0.01))
+
+
 def test_all_batch_sizes_have_a_tree_where_rows_are_free() -> None:
     choices = choose(Steps(row=0.0), LENGTHS, 6)
     assert [(c.batch, c.nodes) for c in choices] == [(1, 59), (2, 59), (4, 59), (6, 59)]
