@@ -1,11 +1,11 @@
 """Responses and prompts by the target: what is asked of the engine, and going on after a kill."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.sampling_params import RequestOutputKind
 
 from tests.training.data_target import tokenizer
 from vllm_griffin.data import respond
@@ -17,20 +17,45 @@ TEXTS = ["hi", "", "hi", " a ", "b", None, "c", "d"]  # by attempt; None does no
 
 
 class FakeEngine:
-    """Answers with the seed, or with the text of the attempt; stops working after `calls` calls."""
+    """Answers with the seed, or with the text of the attempt; stops working after `calls` calls.
+
+    Of the requests that it has been given one by one, it answers the latest two in each step.
+    """
+
+    vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=2))
 
     def __init__(self, calls: int = 1000) -> None:
         self.calls, self.params = calls, []
+        self.running: list[tuple[str, Any]] = []
+        self.most_running = 0
 
     def __call__(self) -> "FakeEngine":
         return self
 
-    def generate(self, prompts: list[dict], params: list[Any], use_tqdm: bool) -> list[Any]:
+    @property
+    def llm_engine(self) -> "FakeEngine":
+        return self
+
+    def _call(self) -> None:
         if not self.calls:
             raise KeyboardInterrupt
         self.calls -= 1
+
+    def generate(self, prompts: list[dict], params: list[Any], use_tqdm: bool) -> list[Any]:
+        self._call()
         self.params += params
         return [SimpleNamespace(outputs=[self._answer(p)]) for p in params]
+
+    def add_request(self, request_id: str, prompt: dict, params: Any) -> None:
+        assert params.output_kind == RequestOutputKind.FINAL_ONLY
+        self.params.append(params)
+        self.running.append((request_id, params))
+        self.most_running = max(self.most_running, len(self.running))
+
+    def step(self) -> list[Any]:
+        self._call()
+        done = [self.running.pop() for _ in self.running[:2]]
+        return [SimpleNamespace(request_id=r, outputs=[self._answer(p)]) for r, p in done]
 
     def _answer(self, params: Any) -> Any:
         text = TEXTS[(params.seed - SAMPLING.seed) % len(TEXTS)]
@@ -57,7 +82,10 @@ def test_seeds_and_temperatures_go_by_number(tmp_path: Path) -> None:
     assert [p.temperature for p in engine.params] == [0.0, 0.7, 1.0, 0.0, 0.7]
     assert {p.max_tokens for p in engine.params} == {5}
     assert found[(1, 4)] == [104]
-    assert json.loads(path.read_text().splitlines()[1]) == {
+    assert engine.most_running == 4, "as many as the engine takes wait for those to end"
+    rows = sorted(read_lines(path), key=lambda row: row["id"])
+    assert [row["id"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[1] == {
         "id": 1,
         "temperature": 0.7,
         "prompt_token_ids": [1, 1],
@@ -74,8 +102,14 @@ def test_responses_go_on_where_a_kill_ended_them(tmp_path: Path) -> None:
         file.write('{"id": 6, "prompt_to')  # half a line
     rest = FakeEngine()
     assert respond.respond(rest, requests(8), SAMPLING, path) == expected
-    assert len(rest.params) == 2
-    assert path.read_bytes() == whole.read_bytes()
+    assert len(rest.params) == 4
+    assert sorted(path.read_text().splitlines()) == sorted(whole.read_text().splitlines())
+
+
+def test_where_nothing_is_missing_no_engine_starts(tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    expected = respond.respond(FakeEngine(), requests(3), SAMPLING, path)
+    assert respond.respond(pytest.fail, requests(3), SAMPLING, path) == expected
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

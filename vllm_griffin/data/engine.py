@@ -1,8 +1,9 @@
 """The target in a plain vLLM engine, without speculation."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import click
@@ -60,7 +61,7 @@ def engine(
     defaults: dict[str, Any] = {
         "dtype": "auto" if on_gpu else "float32",
         "enforce_eager": not on_gpu,
-        "max_num_seqs": 256 if on_gpu else 16,
+        "max_num_seqs": 256 if on_gpu else 64,
     }
     llm = LLM(
         target,
@@ -73,6 +74,30 @@ def engine(
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def answers(llm: Any, requests: Iterable[tuple[list[int], Any]]) -> Iterator[tuple[int, Any]]:
+    """The engine's answers as they come, each with the number of its request.
+
+    Requests, token ids of a prompt and `SamplingParams`, are taken from the iterable as the engine gets room,
+    so that it is kept busy, however different their lengths are.
+    """
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = llm.llm_engine
+    most = 2 * engine.vllm_config.scheduler_config.max_num_seqs
+    numbered = enumerate(requests)
+    open_requests = 0
+    while True:
+        for number, (prompt, params) in islice(numbered, most - open_requests):
+            params.output_kind = RequestOutputKind.FINAL_ONLY
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+            open_requests += 1
+        if not open_requests:
+            return
+        for output in engine.step():
+            open_requests -= 1
+            yield int(output.request_id), output
 
 
 def complete(llm: Any, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:

@@ -1,6 +1,6 @@
 """Responses, and prompts too, that the target itself makes: the data of Direct Alignment.
 
-Each is appended to a JSONL file as soon as its batch is done, and is not made again.
+Each is appended to a JSONL file as soon as it is done, prompts a batch at a time, and is not made again.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_griffin.data.chat import ChatTemplate
-from vllm_griffin.data.engine import complete
+from vllm_griffin.data.engine import answers, complete
 
 Engine: TypeAlias = Callable[[], Any]  # gives the `vllm.LLM`, made at the first call
 _ATTEMPTS = 10  # draws for each prompt that is wanted, at most
@@ -39,8 +39,8 @@ class Request:
 
 
 def batch_size() -> int:
-    """Requests between two writes."""
-    return 256 if torch.cuda.is_available() else 32
+    """Prompts that are drawn between two writes."""
+    return 256 if torch.cuda.is_available() else 64
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -88,12 +88,20 @@ def respond(
     responses = _by_prompt(read_lines(path))
     missing = [request for request in requests if tuple(request.prompt) not in responses]
     with tqdm(total=len(requests), initial=len(requests) - len(missing), desc="responses") as bar:
-        for first in range(0, len(missing), batch_size()):
-            part = missing[first : first + batch_size()]
-            rows = _answer(llm, part, sampling)
-            append_lines(path, rows)
-            responses |= _by_prompt(rows)
-            bar.update(len(part))
+        turn = len(sampling.temperatures)
+        temperatures = [sampling.temperatures[request.number % turn] for request in missing]
+        asked = zip(missing, temperatures, strict=True)
+        # No engine is started where nothing is missing.
+        for i, answer in answers(llm(), (_ask(*x, sampling) for x in asked)) if missing else ():
+            row = {
+                "id": missing[i].id,
+                "temperature": temperatures[i],
+                "prompt_token_ids": missing[i].prompt,
+                "response_token_ids": list(answer.outputs[0].token_ids),
+            }
+            append_lines(path, [row])
+            responses |= _by_prompt([row])
+            bar.update()
     return responses
 
 
@@ -101,30 +109,16 @@ def _by_prompt(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, ...], list[int
     return {tuple(row["prompt_token_ids"]): row["response_token_ids"] for row in rows}
 
 
-def _answer(llm: Engine, requests: Sequence[Request], sampling: Sampling) -> list[dict[str, Any]]:
+def _ask(request: Request, temperature: float, sampling: Sampling) -> tuple[list[int], Any]:
     from vllm import SamplingParams
 
-    turn = len(sampling.temperatures)
-    temperatures = [sampling.temperatures[request.number % turn] for request in requests]
-    params = [
-        SamplingParams(
-            temperature=temperature,
-            max_tokens=sampling.max_new_tokens,
-            seed=sampling.seed + request.number,
-            detokenize=False,
-        )
-        for request, temperature in zip(requests, temperatures, strict=True)
-    ]
-    outputs = complete(llm(), [request.prompt for request in requests], params)
-    return [
-        {
-            "id": request.id,
-            "temperature": temperature,
-            "prompt_token_ids": request.prompt,
-            "response_token_ids": list(output.outputs[0].token_ids),
-        }
-        for request, temperature, output in zip(requests, temperatures, outputs, strict=True)
-    ]
+    params = SamplingParams(
+        temperature=temperature,
+        max_tokens=sampling.max_new_tokens,
+        seed=sampling.seed + request.number,
+        detokenize=False,
+    )
+    return request.prompt, params
 
 
 def draw_prompts(
