@@ -64,10 +64,14 @@ def compact_kv_reference(
     places = torch.arange(path.shape[1], device=path.device)
     accepted = places < num_accepted.unsqueeze(1)
     root = row_start.long().unsqueeze(1)
-    # Shapes must not depend on values: what is not accepted copies the root onto itself, which no
-    # accepted row overwrites.
+    # What is not accepted copies the root onto itself, which no accepted row overwrites.
     source = slots[root + torch.where(accepted, path, 0)].flatten()
     target = slots[root + torch.where(accepted, places, 0)].flatten()
+    # A CPU runs this, where reading a tensor costs nothing; and the best children are in place.
+    moved = source != target
+    if not moved.any():
+        return
+    source, target = source[moved], target[moved]
     source_block, source_token = source // block_size, source % block_size
     target_block, target_token = target // block_size, target % block_size
     for cache in (*caches.keys, *caches.values):
