@@ -22,7 +22,7 @@ from rich.text import Text
 HERE = Path(__file__).parent
 SETS = {"MT-bench": "mt_bench", "HumanEval": "humaneval", "GSM8K": "gsm8k"}
 # A CPU verifies a few rows for little more than one; a GPU takes the draft's own tree.
-CPU_TREE = {"num_speculative_tokens": 15, "tree_depth": 4, "tree_top_k": 4}
+CPU_TREE = {"num_speculative_tokens": 5, "tree_depth": 2, "tree_top_k": 3}
 
 
 @dataclass
