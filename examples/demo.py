@@ -21,7 +21,7 @@ from rich.text import Text
 
 HERE = Path(__file__).parent
 SETS = {"MT-bench": "mt_bench", "HumanEval": "humaneval", "GSM8K": "gsm8k"}
-# A CPU verifies a few rows for little more than one; a GPU takes the draft's own tree.
+# On a CPU each row costs time, so the tree is small; a GPU takes the draft's own.
 CPU_TREE = {"num_speculative_tokens": 5, "tree_depth": 2, "tree_top_k": 3}
 
 

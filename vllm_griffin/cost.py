@@ -104,7 +104,7 @@ def _ratio(timer: "StepTimer", batch: int, nodes: int, length: float, plain: lis
     ratios: list[float] = []
     for _ in range(ROUNDS):
         tree = timer.seconds(batch, nodes)
-        if length * plain[-1] / tree < HOPELESS:
+        if not ratios and length * plain[-1] / tree < HOPELESS:
             return plain[-1] / tree
         plain.append(timer.seconds(batch, 0))
         ratios.append(statistics.fmean(plain[-2:]) / tree)

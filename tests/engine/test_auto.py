@@ -70,6 +70,17 @@ def test_a_machine_that_slows_down_does_not_turn_trees_off() -> None:
     assert choice == Choice(1, 3, pytest.approx(1.25 / 1.1, rel=0.01))
 
 
+def test_one_slow_step_does_not_turn_trees_off() -> None:
+    class Stumbling(Steps):
+        def seconds(self, batch: int, nodes: int) -> float:
+            seconds = super().seconds(batch, nodes)
+            # The second time that the tree is timed, between the second and the third plain steps.
+            return 3 * seconds if len(self.asked) == 4 else seconds
+
+    (choice,) = choose(Stumbling(row=0.0), {3: 1.25}, 1)
+    assert choice == Choice(1, 3, pytest.approx(1.25 / 1.1))
+
+
 def test_all_batch_sizes_have_a_tree_where_rows_are_free() -> None:
     choices = choose(Steps(row=0.0), LENGTHS, 6)
     assert [(c.batch, c.nodes) for c in choices] == [(1, 59), (2, 59), (4, 59), (6, 59)]

@@ -10,6 +10,11 @@ import click
 import torch
 
 
+def batch_size() -> int:
+    """Requests that the engine answers at one time."""
+    return 256 if torch.cuda.is_available() else 64
+
+
 def prepare_environment(threads: int | None) -> None:
     """Settings that vLLM reads from the environment when it is imported, unless the user has made them.
 
@@ -61,7 +66,7 @@ def engine(
     defaults: dict[str, Any] = {
         "dtype": "auto" if on_gpu else "float32",
         "enforce_eager": not on_gpu,
-        "max_num_seqs": 256 if on_gpu else 64,
+        "max_num_seqs": batch_size(),
     }
     llm = LLM(
         target,

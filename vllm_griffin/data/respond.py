@@ -4,17 +4,16 @@ Each is appended to a JSONL file as soon as it is done, prompts a batch at a tim
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import click
-import torch
 from tqdm import tqdm
 
 from vllm_griffin.data.chat import ChatTemplate
-from vllm_griffin.data.engine import answers, complete
+from vllm_griffin.data.engine import answers, batch_size, complete
 
 Engine: TypeAlias = Callable[[], Any]  # gives the `vllm.LLM`, made at the first call
 _ATTEMPTS = 10  # draws for each prompt that is wanted, at most
@@ -28,6 +27,10 @@ class Sampling:
     max_new_tokens: int
     seed: int
 
+    def temperature(self, number: int) -> float:
+        """That of a request."""
+        return self.temperatures[number % len(self.temperatures)]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -36,11 +39,6 @@ class Request:
     id: int
     number: int
     prompt: list[int]
-
-
-def batch_size() -> int:
-    """Prompts that are drawn between two writes."""
-    return 256 if torch.cuda.is_available() else 64
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -88,17 +86,7 @@ def respond(
     responses = _by_prompt(read_lines(path))
     missing = [request for request in requests if tuple(request.prompt) not in responses]
     with tqdm(total=len(requests), initial=len(requests) - len(missing), desc="responses") as bar:
-        turn = len(sampling.temperatures)
-        temperatures = [sampling.temperatures[request.number % turn] for request in missing]
-        asked = zip(missing, temperatures, strict=True)
-        # No engine is started where nothing is missing.
-        for i, answer in answers(llm(), (_ask(*x, sampling) for x in asked)) if missing else ():
-            row = {
-                "id": missing[i].id,
-                "temperature": temperatures[i],
-                "prompt_token_ids": missing[i].prompt,
-                "response_token_ids": list(answer.outputs[0].token_ids),
-            }
+        for row in _answer(llm, missing, sampling):
             append_lines(path, [row])
             responses |= _by_prompt([row])
             bar.update()
@@ -109,16 +97,34 @@ def _by_prompt(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, ...], list[int
     return {tuple(row["prompt_token_ids"]): row["response_token_ids"] for row in rows}
 
 
-def _ask(request: Request, temperature: float, sampling: Sampling) -> tuple[list[int], Any]:
+def _answer(
+    llm: Engine, requests: Sequence[Request], sampling: Sampling
+) -> Iterator[dict[str, Any]]:
+    """Rows of the file, as they come."""
+    if not requests:
+        # No engine is started for nothing.
+        return
     from vllm import SamplingParams
 
-    params = SamplingParams(
-        temperature=temperature,
-        max_tokens=sampling.max_new_tokens,
-        seed=sampling.seed + request.number,
-        detokenize=False,
+    asked = (
+        (
+            request.prompt,
+            SamplingParams(
+                temperature=sampling.temperature(request.number),
+                max_tokens=sampling.max_new_tokens,
+                seed=sampling.seed + request.number,
+                detokenize=False,
+            ),
+        )
+        for request in requests
     )
-    return request.prompt, params
+    for i, answer in answers(llm(), asked):
+        yield {
+            "id": requests[i].id,
+            "temperature": sampling.temperature(requests[i].number),
+            "prompt_token_ids": requests[i].prompt,
+            "response_token_ids": list(answer.outputs[0].token_ids),
+        }
 
 
 def draw_prompts(
