@@ -17,7 +17,10 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass
 class TargetParts:
-    """`config` is the target's `config.json`; `embeddings` and `head` [V, h] float32."""
+    """`config` is the target's `config.json`; `embeddings` and `head` [V, h] float32.
+
+    `head` @ feature are the target's logits: a scale that the target applies to them is multiplied in.
+    """
 
     config: dict[str, Any]
     embeddings: Tensor
@@ -31,7 +34,7 @@ def load_target_parts(target: str | Path) -> TargetParts:
         CheckpointError: Neither a folder nor a model that the hub could give.
         FileNotFoundError: A folder without `config.json`.
         KeyError: The weights have no embedding by the name that Llama-like models give it.
-        ValueError: The LM head has a bias, which a draft's head cannot have.
+        ValueError: The LM head has a bias, or logits are soft-capped, which a draft's head cannot have.
     """
     folder = find_folder(target)
     if not (folder / "config.json").is_file():
@@ -47,8 +50,17 @@ def load_target_parts(target: str | Path) -> TargetParts:
     if EMBEDDING not in found:
         raise KeyError(f"{target}: no {EMBEDDING} in its safetensors files")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("final_logit_softcapping"):
+        raise ValueError(f"{target}: its logits are soft-capped, which drafts do not support")
     # A tied head is not stored.
-    return TargetParts(config, found[EMBEDDING], found.get(HEAD, found[EMBEDDING]))
+    head, scale = found.get(HEAD, found[EMBEDDING]), _logit_scale(config)
+    return TargetParts(config, found[EMBEDDING], head if scale == 1 else head * scale)
+
+
+def _logit_scale(config: dict[str, Any]) -> float:
+    """Cohere and others multiply their logits by a constant, Granite divides them by one."""
+    scale: float = config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0)
+    return scale
 
 
 def new_draft(parts: TargetParts, *, fusion: bool = True, two_heads: bool = True) -> Draft:
