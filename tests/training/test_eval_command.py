@@ -1,8 +1,10 @@
 """``vllm-griffin eval`` as a user calls it."""
 
 import json
+import os
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from tests.engine.harness import GOLDEN, MODELS
@@ -35,6 +37,16 @@ def usual(prompts, *more):
     return invoke(
         "--target", TARGET, "--draft", DRAFT, "--prompts", prompts, "--max-tokens", 20, *more
     )  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's memory")
+def test_engines_take_a_part_of_the_memory_and_run_here(monkeypatch):
+    # Without a size, vLLM wants nearly all of a CPU's memory, and fails where other programs run.
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    engine.prepare_process()
+    assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
 def test_replay_makes_outputs_once_and_compares_drafts(tmp_path, prompts):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_griffin.data.engine import prepare_environment
 from vllm_griffin.evaluate.outputs import TAIL, Output
 from vllm_griffin.evaluate.prompts import Prompt
 from vllm_griffin.evaluate.steps import PromptSteps, steps_of_trace
@@ -47,11 +48,9 @@ class EngineSettings:
 
 def prepare_process() -> None:
     """Set what vLLM reads when it is imported: its engine in this process, on a CPU where there is no GPU."""
-    import torch
-
+    prepare_environment(threads=None)
+    # Its trace and its counters are read here.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_GRIFFIN_CPU", "1")
 
 
 def _longest(settings: EngineSettings, prompts: Sequence[Sequence[int]], extra: int) -> int:
