@@ -35,6 +35,26 @@ def test_offline_example(chat_target: str) -> None:
     assert main(target=chat_target, draft=DRAFT, dtype="float32")
 
 
+def test_prompts_of_functions_end_with_their_docstrings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "models"))
+    from make_smollm2 import REQUESTS, headers, main
+
+    source = (
+        'class A:\n    def f(self, x):\n        """Two."""\n        return 2\n\ndef g(): pass\n'
+    )
+    assert list(headers(source)) == ['def f(self, x):\n    """Two."""']
+    path = tmp_path / "prompts.jsonl"
+    main(["--output", str(path), "--number", "20"], standalone_mode=False)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({row["turns"][0] for row in rows}) == 20
+    for row in rows:
+        request, function = row["turns"][0].split("\n\n", 1)
+        assert request in REQUESTS
+        assert function.startswith("def ") and function.rstrip().endswith(('"""', "'''", '"', "'"))
+
+
 def test_demo(chat_target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from examples import demo
 
