@@ -110,8 +110,9 @@ def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
         ),
         (
             f"kv_cache_dtype={cache.cache_dtype!r}",
-            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
-            "use kv_cache_dtype='auto'",
+            cache.cache_dtype not in ("auto", _dtype_name(model)),
+            # "auto" may have been resolved to what a quantised checkpoint asks for.
+            f"set kv_cache_dtype={_dtype_name(model)!r}",
         ),
         (
             "KV-sharing fast prefill",
@@ -165,6 +166,10 @@ def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
             "raise max_num_batched_tokens or draft a smaller tree",
         ),
     ]
+
+
+def _dtype_name(model: ModelConfig) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _has_sliding_window(model: ModelConfig) -> bool:

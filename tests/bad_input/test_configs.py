@@ -360,7 +360,7 @@ ENGINES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "FP8 cache": (
         {"kv_cache_dtype": "fp8"},
-        f"{NOT_SUPPORTED} kv_cache_dtype='fp8': use kv_cache_dtype='auto'",
+        f"{NOT_SUPPORTED} kv_cache_dtype='fp8': set kv_cache_dtype='float32'",
     ),
     "prompt embeddings": (
         {"enable_prompt_embeds": True},

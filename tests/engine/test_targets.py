@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -36,6 +38,8 @@ TARGETS = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+    # Its LM head is the embedding, and its logits are scaled.
+    "cohere": (CohereConfig, CohereForCausalLM, {"logit_scale": 0.25}),
     "int8": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False}),
 }
 SPEC = {"num_speculative_tokens": 12, "tree_depth": 4, "tree_top_k": 4}

@@ -54,6 +54,17 @@ def test_language_model_of_a_larger_target(process_group):
     assert target_parts(outer).lm_head is inner.lm_head
 
 
+def test_tied_head_without_a_module_of_its_own_is_the_embedding(process_group):
+    from types import SimpleNamespace
+
+    from vllm_griffin.model.target import target_parts
+
+    tied = target()
+    del tied.lm_head
+    tied.config = SimpleNamespace(tie_word_embeddings=True)
+    assert target_parts(tied).lm_head is tied.model.embed_tokens
+
+
 def test_target_without_the_modules_is_refused_by_name(process_group):
     from vllm.model_executor.models.utils import PPMissingLayer
 

@@ -1,6 +1,8 @@
 """``vllm-griffin data`` as a user calls it."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +48,22 @@ def chats(tmp_path: Path) -> Path:
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     return path
+
+
+def test_target_by_its_name_on_the_hub(target: Path, chats: Path, tmp_path: Path) -> None:
+    model = tmp_path / "hub" / "models--org--tiny"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("abc")
+    (model / "snapshots").mkdir()
+    (model / "snapshots" / "abc").symlink_to(target.resolve())
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    for command in (
+        ["data", "--input", chats, "--output", tmp_path / "data"],
+        ["train", "--data", tmp_path / "data", "--output", tmp_path / "draft", "--stages", "1:2"],
+    ):
+        arguments = [sys.executable, "-m", "vllm_griffin.cli", *command, "--target", "org/tiny"]
+        subprocess.run(list(map(str, arguments)), check=True, env=environment)
+    assert (tmp_path / "draft" / "model.safetensors").is_file()
 
 
 def test_chats_to_stored_states(target: Path, chats: Path, tmp_path: Path) -> None:

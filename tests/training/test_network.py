@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.model.draft_files import CONFIG, PlainDraft, random_weights, write_draft
+from vllm_griffin.model.layout import DraftLayout
 from vllm_griffin.train.checkpoint import condition, load_draft, published_state, save_draft
 from vllm_griffin.train.network import Draft, DraftConfig
 from vllm_griffin.train.passes import multi_pass
@@ -153,6 +155,17 @@ def test_eagle_layout(tmp_path: Path) -> None:
     save_draft(draft, tmp_path, {"max_position_embeddings": 64}, torch.float32)
     loaded = load_draft(tmp_path, draft.embed_tokens.weight.detach())
     assert loaded.config == draft.config
+
+
+def test_heads_need_not_share_out_the_hidden_size(tmp_path: Path) -> None:
+    raw = {**CONFIG, "head_dim": 48}
+    weights = random_weights(raw, DraftLayout())
+    draft = load_draft(write_draft(tmp_path, raw, weights))
+    assert draft.layer.self_attn.q_proj.weight.shape == (2 * 48, 64)
+    features, tokens, at = torch.randn(5, 64), torch.arange(5), torch.arange(5)
+    found = draft(features, tokens, at, [0, 5])
+    wanted = PlainDraft(raw, weights)(tokens, features)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_missing_key_is_named(tmp_path: Path) -> None:

@@ -190,11 +190,13 @@ def _load(
     if any(data_folder.glob("shard-*.safetensors")):
         states = StoredStates(data_folder, shards)
     else:
+        from accelerate import PartialState
         from transformers import AutoModelForCausalLM
 
         documents = read_documents(data_folder)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        # Each process has the target on its own GPU.
+        device = PartialState().device
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval().to(device)
         states = OnlineStates(documents, model)
     return draft, parts, states

@@ -23,6 +23,8 @@ def prepare_environment(threads: int | None) -> None:
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Asking for a GPU must not begin CUDA here: vLLM forks its engine.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     if torch.cuda.is_available():

@@ -50,7 +50,10 @@ class Settings:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
-        return str(value) if value.is_dir() else {"file": str(value), "sha256": _hash(value)}
+        # The target's folder, or its name on the hub.
+        if not value.is_file():
+            return str(value)
+        return {"file": str(value), "sha256": _hash(value)}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 

@@ -25,7 +25,8 @@ class TargetParts:
 def target_parts(target: nn.Module) -> TargetParts:
     """Find the shared modules of a vLLM model: `model.embed_tokens` and `lm_head`.
 
-    Works for the Llama family, Qwen2, Mistral, Mixtral and whatever else has both, tied or not.
+    Works for the Llama family, Qwen2, Mistral, Mixtral and whatever else has both, tied or not. Cohere's and
+    others' tied head is the embedding, and no module of its own.
 
     Raises:
         TargetError: Names the model class and what it lacks.
@@ -34,7 +35,8 @@ def target_parts(target: nn.Module) -> TargetParts:
     if hasattr(target, "get_language_model"):
         language = target.get_language_model()  # type: ignore[operator]
     embedding = _plain(getattr(getattr(language, "model", None), "embed_tokens", None))
-    head = _plain(getattr(language, "lm_head", None))
+    tied = getattr(getattr(language, "config", None), "tie_word_embeddings", False)
+    head = _plain(getattr(language, "lm_head", embedding if tied else None))
     for name, part in (("model.embed_tokens", embedding), ("lm_head", head)):
         if part is None or isinstance(part, PPMissingLayer):
             raise TargetError(

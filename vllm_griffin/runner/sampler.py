@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
@@ -181,12 +182,14 @@ class TreeVerifier:
         """Log-probabilities at the accepted rows, which lie anywhere among a request's logits."""
         num_logprobs, max_token_ids = dims
         counts = self._path_rows(batch, start, end)
-        device = logits.device
-        request = torch.from_numpy(np.repeat(np.arange(end - start), counts)).to(
-            device, non_blocking=True
-        )
-        place = torch.from_numpy(np.concatenate([np.arange(n) for n in counts])).to(
-            device, non_blocking=True
+        request, place = async_tensor_h2d(
+            np.stack(
+                [
+                    np.repeat(np.arange(end - start), counts),
+                    np.concatenate([np.arange(n) for n in counts]),
+                ]
+            ),
+            device=logits.device,
         )
         first_row = (batch.cu_num_logits[start:end] - batch.cu_num_logits[start]).long()
         rows = first_row[request] + walk.path[request, place]

@@ -36,6 +36,7 @@ from vllm_griffin.runner.model_state import (
     num_logits_rows,
     root_rows,
 )
+from vllm_griffin.runner.sampler import max_chunk_rows
 from vllm_griffin.tree import DraftTrees, Frontier, TreeGrower, top_children
 
 
@@ -56,6 +57,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self._caches: list[tuple[list[str], PagedCaches]] = []
         self._cache_addresses: list[int] = []
         self._reloaded_target: nn.Module | None = None
+        self._target: Any = None
         # By number of nodes
         self.growers = {t.nodes: TreeGrower(t.levels, t.width, device) for t in spec.trees}
         # Nodes of the trees that a step may be asked for
@@ -75,6 +77,7 @@ class TreeSpeculator(DraftModelSpeculator):
                 f"method 'griffin' does not support {type(target_model).__name__}: it brings a "
                 f"model state of its own"
             )
+        self._target = target_model
         state = functools.partial(GriffinModelState, trees=self.trees, verifier=self.verifier)
         # Not an attribute of the module's own kind (tensor, submodule), so past its __setattr__.
         target_model.__dict__["get_model_state_cls"] = lambda: state
@@ -163,6 +166,8 @@ class TreeSpeculator(DraftModelSpeculator):
         num_reqs = input_batch.num_reqs
         size = self.num_nodes if num_speculative_tokens is None else num_speculative_tokens
         if dummy_run:
+            if is_profile:
+                self._profile_verification(last_hidden_states)
             return self._dummy_propose(num_reqs, input_batch.num_tokens)
         if self._reloaded_target is not None:
             assert self.model.draft_tokens is not None
@@ -354,6 +359,17 @@ class TreeSpeculator(DraftModelSpeculator):
             tail_bits=frontier.bits,
         )
         return TreeLevel(context, *scratch, rows.write_rows[index])
+
+    def _profile_verification(self, hidden_states: torch.Tensor) -> None:
+        """Lets memory profiling see a verification's logits, and the copy of a chunk that is sampled from.
+
+        vLLM's own profiling takes one row of logits a request.
+        """
+        assert self._target is not None
+        rows = min(len(hidden_states), self.max_num_reqs * (1 + self.num_nodes))
+        logits = self._target.compute_logits(hidden_states[:rows])
+        if logits is not None:
+            logits[: max_chunk_rows(logits.shape[1])].to(torch.float32, copy=True)
 
     def _dummy_propose(self, num_reqs: int, num_tokens: int) -> torch.Tensor:
         """Runs the draft once without a cache, so that memory profiling sees its largest pass."""

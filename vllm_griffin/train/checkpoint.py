@@ -177,6 +177,7 @@ def load_draft(folder: str | Path, embeddings: Tensor | None = None) -> Draft:
             fusion=layout.fusion,
             two_heads=layout.two_heads,
             qkv_bias=layout.qkv_bias,
+            head_dim=checkpoint.config.head_dim,
         )
     )
     state = dict(checkpoint.weights())

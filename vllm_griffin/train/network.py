@@ -23,7 +23,7 @@ class DraftConfig:
     """What the network needs of a Hugging Face `config.json`.
 
     `fusion` is token-guided fusion (TGF), `two_heads` the token-enhanced head (TEH); a plain EAGLE draft
-    has neither.
+    has neither. `head_dim` 0 stands for hidden size / heads.
     """
 
     vocab_size: int
@@ -36,11 +36,11 @@ class DraftConfig:
     qkv_bias: bool = False
     fusion: bool = True
     two_heads: bool = True
+    head_dim: int = 0
 
-    @property
-    def head_dim(self) -> int:
-        """Size of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], **changes: Any) -> "DraftConfig":
