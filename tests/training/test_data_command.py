@@ -115,10 +115,14 @@ def test_a_folder_of_something_else_is_left_alone(
 
 
 def test_online_stores_no_states(target: Path, chats: Path, tmp_path: Path) -> None:
-    out = tmp_path / "data"
+    out, draft = tmp_path / "data", tmp_path / "draft"
     succeed("--target", target, "--input", chats, "--output", out, "--hidden-states", "online")
     assert sorted(p.name for p in out.iterdir()) == ["data.json", "documents.jsonl"]
     assert len(read_documents(out)) == 40
+    folders = ["--target", str(target), "--data", str(out), "--output", str(draft)]
+    result = CliRunner().invoke(main, ["train", *folders, "--stages", "1:2"])
+    assert result.exit_code == 0, result.output
+    assert (draft / "model.safetensors").is_file()
 
 
 def test_lines_that_cannot_be_used(target: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """``vllm-griffin train``: train a draft on training data."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -190,13 +191,13 @@ def _load(
     if any(data_folder.glob("shard-*.safetensors")):
         states = StoredStates(data_folder, shards)
     else:
-        from accelerate import PartialState
         from transformers import AutoModelForCausalLM
 
         documents = read_documents(data_folder)
-        # Each process has the target on its own GPU.
-        device = PartialState().device
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        # Each process that `accelerate launch` starts has the target on its own GPU.
+        rank = os.environ.get("LOCAL_RANK", "0")
+        device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval().to(device)
         states = OnlineStates(documents, model)
     return draft, parts, states
