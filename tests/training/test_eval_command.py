@@ -11,7 +11,9 @@ from tests.engine.harness import GOLDEN, MODELS
 from vllm_griffin.cli import main
 from vllm_griffin.evaluate import engine
 from vllm_griffin.evaluate.outputs import read_outputs
+from vllm_griffin.model.config import tree_acceptance
 from vllm_griffin.trace import TraceRecord
+from vllm_griffin.tree_shape import TreeShape
 
 TARGET, DRAFT, EAGLE = (str(MODELS / name) for name in ("target", "griffin", "eagle"))
 
@@ -47,6 +49,18 @@ def test_engines_take_a_part_of_the_memory_and_run_here(monkeypatch):
     engine.prepare_process()
     assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+def test_trees_that_are_kept_differ_in_size(prompts):
+    result = usual(prompts, "--tree", "7,3,3", "--tree", "7,2,4", "--write-trees")
+    assert result.exit_code == 2
+    assert "one tree of a size: 2 have 7 nodes" in result.output
+
+
+@pytest.mark.parametrize("draft", sorted(MODELS.glob("*/config.json")), ids=lambda p: p.parent.name)
+def test_shipped_drafts_have_one_tree_of_a_size(draft):
+    trees = tree_acceptance(json.loads(draft.read_text()), str(draft)) or {}
+    assert len({TreeShape.parse(tree).nodes for tree in trees}) == len(trees)
 
 
 def test_replay_makes_outputs_once_and_compares_drafts(tmp_path, prompts):

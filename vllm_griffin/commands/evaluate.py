@@ -1,11 +1,16 @@
 """``vllm-griffin eval``: acceptance of drafts, in this plugin's vLLM engine or by replay."""
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vllm_griffin.commands.options import config_option
+
+if TYPE_CHECKING:
+    from vllm_griffin.tree_shape import TreeShape
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -127,6 +132,8 @@ def command(
             batch=batch,
             draft_vocab_size=draft_vocab_size,
         )
+        if write_trees:
+            _check_sizes(request.trees)
         evaluation = Evaluation(request)
         rows, checks = (
             evaluation.by_replay(replay, check_engine) if replay else (evaluation.in_engine(), [])
@@ -177,6 +184,15 @@ def _check_options(
     for flag, wanted in (("--write-card", write_card), ("--write-trees", write_trees)):
         if wanted and not all(Path(draft).is_dir() for draft in drafts):
             raise click.UsageError(f"{flag} needs drafts in local folders")
+
+
+def _check_sizes(trees: Iterable["TreeShape"]) -> None:
+    """An engine that chooses among a draft's trees knows them by their nodes."""
+    for nodes, count in Counter(tree.nodes for tree in trees).items():
+        if count > 1:
+            raise click.UsageError(
+                f"--write-trees keeps one tree of a size: {count} have {nodes} nodes"
+            )
 
 
 def _show(rows: list[dict[str, Any]], checks: list[dict[str, Any]]) -> None:
