@@ -8,7 +8,6 @@ that it was given, and some of its own.
 """
 
 import ast
-import json
 import random
 import textwrap
 import warnings
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from make_tiny import read, stdlib_files
+from make_tiny import read, stdlib_files, write_lines
 
 REQUESTS = (
     "Complete this function.",
@@ -54,7 +53,7 @@ def main(output: Path, number: int, seed: int) -> None:
         {"id": i, "source": "stdlib", "turns": [f"{chosen.choice(REQUESTS)}\n\n{function}\n"]}
         for i, function in enumerate(functions)
     ]
-    output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_lines(output, rows)
     click.echo(f"{len(rows)} of {len(fitting)} functions")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -51,8 +52,10 @@ def test_engines_take_a_part_of_the_memory_and_run_here(monkeypatch):
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
-def test_trees_that_are_kept_differ_in_size(prompts):
-    result = usual(prompts, "--tree", "7,3,3", "--tree", "7,2,4", "--write-trees")
+def test_trees_that_are_kept_differ_in_size(prompts, tmp_path):
+    draft = shutil.copytree(DRAFT, tmp_path / "draft")
+    trees = ("--tree", "7,3,3", "--tree", "7,2,4", "--write-trees")
+    result = invoke("--target", TARGET, "--draft", draft, "--prompts", prompts, *trees)
     assert result.exit_code == 2
     assert "one tree of a size: 2 have 7 nodes" in result.output
 
