@@ -52,8 +52,8 @@ def real_rows(cost: float) -> list[Row]:
         Row("GRIFFIN, no mask", "griffin", (*GRIFFIN, "--align-top-k", "0"), 3),
         Row("GRIFFIN, no TGF", "no-tgf", (*GRIFFIN, "--no-tgf"), 3),
         Row("GRIFFIN, no TEH", "no-teh", (*GRIFFIN, "--no-teh"), 3),
-        Row("GRIFFIN + TVD++", "griffin", (*GRIFFIN, "--tvd-plus-weight", "0.1"), 3),
-        Row("EAGLE-2, GRIFFIN's time", "eagle", ("--preset", "eagle2"), 1, step_factor=cost),
+        Row("GRIFFIN + TVD++", "griffin", (*GRIFFIN, "--tvd-plus-weight", "0.1"), 3, (2,)),
+        Row("EAGLE-2, GRIFFIN's time", "eagle", ("--preset", "eagle2"), 1, (2,), step_factor=cost),
     ]
 
 

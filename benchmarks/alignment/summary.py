@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +79,21 @@ def _resample(counts: Counts, random: np.random.Generator) -> Counts:
     }
 
 
-def ratio(here: Counts, there: Counts) -> tuple[float, float, float] | None:
+def ratio(
+    here: Counts, there: Counts, seeds_here: Sequence[int], seeds_there: Sequence[int]
+) -> tuple[float, float, float] | None:
     """Average acceptance length of `here` over that of `there`, paired by seed and prompt.
 
-    Only the seeds that both have count, the first ones. None if the prompts differ.
+    Only the seeds that both have count. None if there are none or the prompts differ.
     """
-    runs = min(len(next(iter(c.values()))) for c in (here, there))
-    if any(here[name].shape[1] != there[name].shape[1] for name in here):
+    both = sorted(set(seeds_here) & set(seeds_there))
+    if not both or any(here[name].shape[1] != there[name].shape[1] for name in here):
         return None
+    runs = [seeds_here.index(seed) for seed in both]
+    other_runs = [seeds_there.index(seed) for seed in both]
     # The last axis holds both sides, so that both are drawn together.
     paired = {
-        name: np.concatenate([here[name][:runs], there[name][:runs]], axis=2) for name in here
+        name: np.concatenate([here[name][runs], there[name][other_runs]], axis=2) for name in here
     }
 
     def value(counts: Counts) -> float:
@@ -100,13 +104,15 @@ def ratio(here: Counts, there: Counts) -> tuple[float, float, float] | None:
 
 
 def _heading(results: Path, records: list[dict[str, Any]]) -> str:
-    training = records[0]["training"]
-    versions = ", ".join(f"{k} {v}" for k, v in training["versions"].items())
-    hardware = training["hardware"]
+    versions = ", ".join(f"{k} {v}" for k, v in records[0]["training"]["versions"].items())
+    machines = {
+        f"{h['cpu']}, {h['cores']} cores, GPU {h['gpu']}": None
+        for h in (record["training"]["hardware"] for record in records)
+    }
     return (
         f"# Alignment study, {results.name}\n\n"
         f"Written by `benchmarks/alignment/study.py`; each row's JSON has its command, settings and curves. "
-        f"Hardware: {hardware['cpu']}, {hardware['cores']} cores, GPU {hardware['gpu']}. {versions}.\n\n"
+        f"Hardware: {'; '.join(machines)}. {versions}.\n\n"
         "Acceptance length is 1 + accepted / verify steps, pooled per prompt set; the average is that of the "
         "sets. Intervals (95 %) are a bootstrap over prompts and seeds, ratios are paired.\n\n"
         "![acceptance](acceptance.png)"
@@ -122,13 +128,15 @@ def _table(
     bases = [name for name in ("EAGLE-2", "HASS", "default") if name in counts]
     head = ["row", "seeds", *sets, "average", *(f"over {name}" for name in bases)]
     lines = [f"## T={setting[0]:g}, tree {setting[1]}", "", *_head(head)]
+    seeds = {name: [record["seed"] for record in records] for name, records in by_row.items()}
     for name, found in counts.items():
-        cells = [name, str(len(by_row[name]))]
+        cells = [name, ", ".join(map(str, seeds[name]))]
         cells += [f"{lengths(found[s]).mean():.2f}" for s in sets]
         value, low, high = interval(found, average)
         cells.append(f"**{value:.3f}** [{low:.2f}, {high:.2f}]")
         for base in bases:
-            against = ratio(found, counts[base]) if base != name else None
+            pair = (found, counts[base], seeds[name], seeds[base])
+            against = ratio(*pair) if base != name else None
             cells.append("" if against is None else "{:+.1f} % [{:+.1f}, {:+.1f}]".format(
                 *(100 * (x - 1) for x in against)))  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")

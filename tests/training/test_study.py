@@ -60,7 +60,7 @@ def test_toy_study(alignment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert json.loads(trunk.read_text())["settings"]["muon_lr"] == 0.02
         assert record["training"]["init_from"].endswith(f"trunk-{row.trunk}-data-0")
     shown = (results / "README.md").read_text()
-    assert "| GRIFFIN | 1 |" in shown and "## T=0, tree chain:3" in shown
+    assert "| GRIFFIN | 0 |" in shown and "## T=0, tree chain:3" in shown
     assert (results / "acceptance.png").read_bytes().startswith(b"\x89PNG")
 
     def refuse(*arguments: object) -> None:
@@ -81,6 +81,12 @@ def test_intervals(alignment: None) -> None:
     value, low, high = interval(counts, average)
     assert low < value < high
     more = {name: c + [1, 0] * c[..., 1:] for name, c in counts.items()}
-    found = ratio(more, counts)
+    found = ratio(more, counts, [0, 1], [0, 1])
     # Drawn together, (x + 1) / x of the same resampled x.
     assert found == pytest.approx([(x + 1) / x for x in (value, high, low)], rel=1e-6)
+    # By seed, wherever its run stands: two rows that share one, and two that share none.
+    only = {name: c[1:] for name, c in more.items()}
+    one = average({name: c[1:] for name, c in counts.items()})
+    paired = ratio(only, counts, [2], [0, 2])
+    assert paired is not None and paired[0] == pytest.approx((one + 1) / one)
+    assert ratio(only, counts, [2], [0, 1]) is None
