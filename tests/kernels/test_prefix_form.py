@@ -95,16 +95,16 @@ def test_a_layer_takes_the_form_of_its_batch(layer, forms, first):
 @pytest.mark.parametrize(("form", "forms"), [("split", {1: False}), ("prefix", {1: True})])
 def test_the_variable_overrides_the_timing(layer, form, forms, monkeypatch):
     monkeypatch.setenv(prefix.ENV, form)
-    assert backends.choose_form(layer[0], None, None, torch.device("cpu")) == forms
+    assert backends.choose_form(layer[0], None, None, torch.device("cpu"), 0) == forms
 
 
 def test_what_flash_attention_cannot_is_refused(layer, monkeypatch):
     impl, _ = layer
     impl.fa4_hd256 = True
-    assert backends.choose_form(impl, None, None, torch.device("cpu")) == {1: False}
+    assert backends.choose_form(impl, None, None, torch.device("cpu"), 0) == {1: False}
     monkeypatch.setenv(prefix.ENV, "prefix")
     with pytest.raises(ValueError, match="does not work with FlashAttention 4 at head size 256"):
-        backends.choose_form(impl, None, None, torch.device("cpu"))
+        backends.choose_form(impl, None, None, torch.device("cpu"), 0)
     other = SimpleNamespace(get_name=lambda: "TRITON_ATTN")
     with pytest.raises(ValueError, match="needs attention backend FLASH_ATTN, and this is TRITON"):
         backends.tree_backend(other)
@@ -133,7 +133,7 @@ def test_timed_forms_are_one_result(rows, monkeypatch):
 def test_forms_are_timed_for_batches_that_can_be(monkeypatch):
     """Up to the requests whose trees fit into a step; a layer goes by the size below its own."""
     monkeypatch.delenv(prefix.ENV, raising=False)
-    tokens = []
+    tokens, splits = [], []
 
     def bench(attend, return_mode):
         before = len(tokens)
@@ -141,8 +141,9 @@ def test_forms_are_timed_for_batches_that_can_be(monkeypatch):
         # FlashAttention takes 1.5 for one request and half of that for four, the other form 1.
         return 1.5 / len(tokens) if len(tokens) > before else 1.0
 
-    def flash(**arguments):
+    def flash(num_splits, **arguments):
         tokens.append(len(arguments["q"]))
+        splits.append(num_splits)
         return flash_attention(**arguments)
 
     monkeypatch.setattr("triton.testing.do_bench", bench)
@@ -154,10 +155,12 @@ def test_forms_are_timed_for_batches_that_can_be(monkeypatch):
         num_speculative_tokens=6,
         model_config=SimpleNamespace(max_model_len=70),
         scheduler_config=SimpleNamespace(max_num_seqs=64, max_num_batched_tokens=70),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=27),
     )
     spec = SimpleNamespace(block_size=16, dtype=torch.float32)
-    found = backends.choose_form(impl, spec, config, torch.device("cpu"))
+    found = backends.choose_form(impl, spec, config, torch.device("cpu"), 32)
     assert tokens == [7, 28], "ten requests at most, so one and four are timed"
+    assert splits == [32, 0], "the larger step is not captured"
     assert found == {1: False, 4: True}
 
 

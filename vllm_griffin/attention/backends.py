@@ -214,7 +214,9 @@ def _flash_backend() -> type[AttentionBackend]:
                 if getattr(layer, "is_draft_layer", False):
                     continue
                 impl: Any = layer.impl
-                impl.prefix_first = choose_form(impl, kv_cache_spec, vllm_config, device)
+                impl.prefix_first = choose_form(
+                    impl, kv_cache_spec, vllm_config, device, self.max_num_splits
+                )
 
     return _with_tree(
         FlashAttentionBackend, FlashAttentionImpl, ChoosingBuilder, PrefixAttentionMixin
@@ -222,9 +224,16 @@ def _flash_backend() -> type[AttentionBackend]:
 
 
 def choose_form(
-    impl: Any, spec: AttentionSpec, vllm_config: VllmConfig, device: torch.device
+    impl: Any,
+    spec: AttentionSpec,
+    vllm_config: VllmConfig,
+    device: torch.device,
+    graph_splits: int,
 ) -> Mapping[int, bool]:
     """What `PrefixAttentionMixin.prefix_first` is for a layer: as demanded, or as timed on `device`.
+
+    Args:
+        graph_splits: Parts into which FlashAttention may cut a prefix in captured steps; 0: its choice.
 
     Raises:
         ValueError: the prefix form is demanded where FlashAttention cannot take part.
@@ -249,6 +258,8 @@ def choose_form(
         context=vllm_config.model_config.max_model_len,
         # More trees do not fit into a step.
         batch=min(scheduler.max_num_seqs, max(1, scheduler.max_num_batched_tokens // rows)),
+        graph_splits=graph_splits,
+        graph_rows=vllm_config.compilation_config.max_cudagraph_capture_size or 0,
     )
     found = faster_forms(shape, impl.vllm_flash_attn_version, device)
     logger.info_once(

@@ -92,6 +92,8 @@ class Shape:
         rows: Rows of a request, 1 + N.
         context: Most tokens of a request.
         batch: Most requests of a step.
+        graph_splits: Parts into which FlashAttention may cut a prefix in steps that vLLM captures.
+        graph_rows: Most rows of those steps; in larger ones FlashAttention chooses.
     """
 
     heads: int
@@ -102,6 +104,8 @@ class Shape:
     rows: int
     context: int
     batch: int
+    graph_splits: int = 0
+    graph_rows: int = 0
 
 
 @functools.cache
@@ -117,7 +121,11 @@ def faster_forms(shape: Shape, fa_version: int, device: torch.device) -> dict[in
         sizes.append(sizes[-1] * 4)
     found = {}
     for batch in sizes:
-        split, prefix = both_forms(shape, batch, flash_attention(fa_version), device)
+        captured = batch * shape.rows <= shape.graph_rows
+        flash = functools.partial(
+            flash_attention(fa_version), num_splits=shape.graph_splits if captured else 0
+        )
+        split, prefix = both_forms(shape, batch, flash, device)
         found[batch] = do_bench(prefix, return_mode="median") < do_bench(
             split, return_mode="median"
         )
