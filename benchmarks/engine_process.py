@@ -7,6 +7,7 @@ A request is a line of JSON on standard input, an answer one on standard output;
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,9 @@ class Decoding:
     steps: int
     seconds: float
     tokens: int
-    # median of a step
+    # median of a step, and of the drafting in it; None without drafts
     step_ms: float
+    draft_ms: float | None
 
 
 class Engine:
@@ -34,6 +38,9 @@ class Engine:
         options: Arguments of `LLM`.
         environment: Environment variables; None takes one away.
         log: Where the engine's own output goes.
+
+    Attributes:
+        cache_tokens: Tokens whose keys and values fit into the engine's cache.
     """
 
     def __init__(
@@ -50,13 +57,22 @@ class Engine:
             stderr=log.open("w"),
             text=True,
         )
-        self._receive()
+        self.cache_tokens: int = self._receive()["cache_tokens"]
 
     def decode(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, **sampling: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        steps: int | None = None,
+        **sampling: Any,
     ) -> Decoding:
-        """Run the prompts as one batch for `max_tokens` tokens each, whatever they are."""
-        request = {"prompts": prompts, "max_tokens": max_tokens, "sampling": sampling}
+        """Run the prompts as one batch for `max_tokens` tokens each, whatever they are.
+
+        With `steps`, only until so many steps have been timed.
+        """
+        request = {
+            "prompts": prompts, "max_tokens": max_tokens, "steps": steps, "sampling": sampling
+        }  # fmt: skip
         self._pipe(self.process.stdin).write(json.dumps(request) + "\n")
         self._pipe(self.process.stdin).flush()
         return Decoding(**self._receive())
@@ -88,14 +104,67 @@ def serve(options: dict[str, Any]) -> None:
     from vllm import LLM
 
     llm = LLM(**options)
-    print(json.dumps({}), file=answers, flush=True)
+    cache = llm.llm_engine.vllm_config.cache_config
+    room = {"cache_tokens": cache.num_gpu_blocks * cache.block_size}
+    print(json.dumps(room), file=answers, flush=True)
+    drafting = DraftTimer(llm)
     for number, line in enumerate(sys.stdin):
         request = json.loads(line)
-        print(json.dumps(_decode(llm, number, **request)), file=answers, flush=True)
+        print(json.dumps(_decode(llm, drafting, number, **request)), file=answers, flush=True)
+
+
+class DraftTimer:
+    """How long the engine's speculator takes: on a GPU by its own clock, elsewhere by the host's."""
+
+    def __init__(self, llm: Any) -> None:
+        executor = llm.llm_engine.engine_core.engine_core.model_executor
+        speculator = getattr(executor.driver_worker.worker.model_runner, "speculator", None)
+        # Of each call: events of the device, or seconds.
+        self._calls: list[tuple[Any, Any]] = []
+        if speculator is None:
+            return
+        propose, mark = (
+            speculator.propose,
+            self._event if torch.cuda.is_available() else time.perf_counter,
+        )
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            begin = mark()
+            drafts = propose(*arguments, **named)
+            self._calls.append((begin, mark()))
+            return drafts
+
+        speculator.propose = timed
+
+    def start(self) -> None:
+        """Forget what was timed."""
+        self._calls.clear()
+
+    def median_ms(self, calls: int) -> float | None:
+        """Of so many calls since the start; None if there was none."""
+        timed = self._calls[:calls]
+        if not timed:
+            return None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            return statistics.median(begin.elapsed_time(end) for begin, end in timed)
+        return statistics.median(1000 * (end - begin) for begin, end in timed)
+
+    @staticmethod
+    def _event() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def _decode(
-    llm: Any, number: int, prompts: list[list[int]], max_tokens: int, sampling: dict[str, Any]
+    llm: Any,
+    drafting: DraftTimer,
+    number: int,
+    prompts: list[list[int]],
+    max_tokens: int,
+    steps: int | None,
+    sampling: dict[str, Any],
 ) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -108,13 +177,16 @@ def _decode(
         **sampling,
     )
     engine = llm.llm_engine
-    for i, prompt in enumerate(prompts):
-        engine.add_request(f"{number}-{i}", {"prompt_token_ids": prompt}, params)
+    names = [f"{number}-{i}" for i in range(len(prompts))]
+    for name, prompt in zip(names, prompts, strict=True):
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
     started: set[str] = set()
     times: list[float] = []
     tokens = 0
     finished = False
     while engine.has_unfinished_requests():
+        if len(started) == len(prompts) and not times:
+            drafting.start()
         begin = time.perf_counter()
         outputs = engine.step()
         seconds = time.perf_counter() - begin
@@ -125,6 +197,8 @@ def _decode(
         started |= {o.request_id for o in outputs if o.outputs[0].token_ids}
         # The batch shrinks from here on.
         finished |= any(o.finished for o in outputs)
+        if len(times) == steps:
+            engine.abort_request(names)
     llm.reset_prefix_cache()
     if not times:
         raise ValueError(f"max_tokens={max_tokens} leaves no step in which all requests decode")
@@ -133,6 +207,7 @@ def _decode(
         "seconds": sum(times),
         "tokens": tokens,
         "step_ms": 1000 * sorted(times)[len(times) // 2],
+        "draft_ms": drafting.median_ms(len(times)),
     }
 
 

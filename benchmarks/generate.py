@@ -22,6 +22,7 @@ from typing import Any
 import click
 from common import CPU, RUNNERS, draw_engines, numbers, origin, tree_fields
 from engine_process import Decoding, Engine
+from shapes import LlamaShape, write_pair
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "examples" / "models" / "smollm2-griffin"
@@ -209,30 +210,9 @@ def shape(
     **settings: Any,
 ) -> None:
     """Weights of random numbers in a Llama's shape (default: Llama-3.2-1B), forced acceptance."""
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
-        "head_dim": hidden // heads[0],
-        "vocab_size": vocab,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16" if settings["dtype"] == "auto" else settings["dtype"],
-    }
+    config = LlamaShape(hidden, intermediate, layers, *heads, vocab).config(settings["dtype"])
     with tempfile.TemporaryDirectory() as folder:
-        target, draft = Path(folder) / "target", Path(folder) / "draft"
-        one_layer = {"num_hidden_layers": 1, "draft_vocab_size": min(DRAFT_VOCABULARY, vocab)}
-        for path, changes in ((target, {}), (draft, one_layer)):
-            path.mkdir()
-            (path / "config.json").write_text(json.dumps(config | changes))
-        ranked = list(range(one_layer["draft_vocab_size"]))
-        (draft / "vocabulary.json").write_text(json.dumps(ranked))
+        target, draft = write_pair(Path(folder), config, DRAFT_VOCABULARY)
         forced = {
             "rejection_sample_method": "synthetic",
             "synthetic_acceptance_length": acceptance,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,29 @@ def test_decode_rates_of_a_shape(tmp_path: Path) -> None:
         assert rows["no speculation", batch]["tokens_per_step"] == 1.0
         assert tree["speedup"] > 0
     assert (tmp_path / "shape.png").stat().st_size > 5000
+
+
+def test_steps_by_batch_and_context(tmp_path: Path) -> None:
+    """A toy Llama: plain engines, vLLM's own chain and a tree, each by itself."""
+    record = benchmark(
+        tmp_path / "step.json",
+        "step.py",
+        *("--shape", "toy", "--eager", "--tree", "7,3,3", "--acceptance", "2.5", "--chain", "3"),
+        *("--chain-acceptance", "2", "--batches", "1,2", "--contexts", "20,40", "--steps", "6"),
+        *("--rounds", "1", "--dtype", "float32", "--logs", str(tmp_path)),
+    )
+    rows = {(row["engine"], row["batch"], row["context"]): row for row in record["rows"]}
+    assert len(rows) == len(record["rows"]) == 4 * 4
+    for batch, context in ((1, 20), (2, 20), (1, 40), (2, 40)):
+        runners = [rows[f"plain, runner {r}", batch, context] for r in ("V1", "V2")]
+        assert all(row["draft_ms"] is None for row in runners)
+        base = min(row["step_ms"] for row in runners)
+        tree = rows["tree 7,3,3", batch, context]
+        chain = rows["vLLM's EAGLE, chain of 3", batch, context]
+        assert 0 < tree["draft_ms"] < tree["step_ms"] and 0 < chain["draft_ms"] < chain["step_ms"]
+        assert tree["speedup"] == pytest.approx(2.5 * base / tree["step_ms"])
+        assert tree["verify"] + tree["draft"] == pytest.approx(tree["step_ms"] / base)
+    assert (tmp_path / "step.png").stat().st_size > 5000
 
 
 def test_times_of_kernels(tmp_path: Path) -> None:
