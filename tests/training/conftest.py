@@ -49,5 +49,7 @@ def small_data(small_target: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         part = slice(first, first + 25)
         write_shard(folder / f"shard-{number:05d}.safetensors", documents[part], hidden[part])
     write_documents(folder, documents)
-    provenance.write(folder / "data.json", {**provenance.describe(), "counts": {"documents": 60}})
+    settings = {"target": str(small_target), "hidden_states": "stored"}
+    record = {"settings": settings, "counts": {"documents": 60}, "finished": True}
+    provenance.write(folder / "data.json", {**provenance.describe(), **record})
     return folder

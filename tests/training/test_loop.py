@@ -5,17 +5,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
+from safetensors import SafetensorError
 from torch import distributed
 
 from vllm_griffin.cli import main
-from vllm_griffin.data.documents import read_documents
-from vllm_griffin.data.shards import OnlineStates, StoredStates
+from vllm_griffin.data.documents import Document, read_documents, write_documents
+from vllm_griffin.data.shards import OnlineStates, StoredStates, write_shard
 from vllm_griffin.train.checkpoint import load_draft
 from vllm_griffin.train.loop import Trainer, TrainingError
 from vllm_griffin.train.settings import PRESETS, Settings, staged
@@ -161,6 +163,76 @@ def test_bad_loss_stops_and_keeps_the_checkpoint(
     assert kept == [(tmp_path / n).read_bytes() for n in ("checkpoint.pt", "model.safetensors")]
 
 
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"save_every": 1}, "the weights are not"), ({"validate_every": 1}, "documents are not")],
+)
+def test_an_update_that_breaks_the_weights_is_not_kept(
+    small_target: Path, small_data: Path, tmp_path: Path, changes: dict, what: str
+) -> None:
+    """The loss before it was still fine."""
+    trainer(small_target, small_data, tmp_path, stages=[(1, 3)]).run()
+    names = ("checkpoint.pt", "model.safetensors")
+    kept = [(tmp_path / name).read_bytes() for name in names]
+    run = trainer(small_target, small_data, tmp_path, stages=[(1, 3), (1, 3)], **changes)
+    whole_step = run._train_step
+
+    def breaking(*arguments):
+        terms = whole_step(*arguments)
+        next(iter(run.draft.layer.parameters())).data.fill_(float("nan"))
+        return terms
+
+    run._train_step = breaking  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=f"{what} finite at step 4.*keeps the last good"):
+        run.run()
+    assert kept == [(tmp_path / name).read_bytes() for name in names]
+
+
+def test_only_the_same_run_goes_on(small_target: Path, small_data: Path, tmp_path: Path) -> None:
+    """With the same target, data, first weights, network and processes; where they lie does not matter."""
+    trainer(small_target, small_data, tmp_path).run()
+    parts, states = load_target_parts(small_target), StoredStates(small_data)
+
+    def begin(**changed) -> Trainer:
+        settings = Settings(stages=[(1, 4), (2, 4)], batch_tokens=200, vocabulary=40, save_every=3)
+        draft = new_draft(parts, fusion=changed.pop("fusion", True))
+        given = {"states": states, "target": parts} | changed
+        return Trainer(draft, settings=settings, folder=tmp_path, **given)
+
+    assert begin().step == 8
+    other = replace(parts, head=parts.head + 1)
+    for name, changed in (
+        ("target", {"target": other}),
+        ("data", {"states": StoredStates(small_data, 2)}),
+        ("init-from", {"fresh": False}),
+        ("network", {"fusion": False}),
+    ):
+        with pytest.raises(TrainingError, match=rf"other settings \({name}\)"):
+            begin(**changed)
+
+
+def test_a_draft_is_not_written_over(small_target: Path, small_data: Path, tmp_path: Path) -> None:
+    trainer(small_target, small_data, tmp_path).run()
+    (tmp_path / "checkpoint.pt").unlink()
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(TrainingError, match=r"holds a draft, and no checkpoint.*another folder"):
+        trainer(small_target, small_data, tmp_path, noise=0.1)
+    assert kept == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_full_disk_under_a_draft(
+    small_target: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors has an error of its own for it."""
+
+    def full(*_arguments: object, **_named: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("vllm_griffin.train.checkpoint.save_file", full)
+    with pytest.raises(TrainingError, match=r"cannot write.*No space left.*checkpoint is kept"):
+        trainer(small_target, small_data, tmp_path, stages=[(1, 1)]).run()
+
+
 def test_full_disk_keeps_the_checkpoint(
     small_target: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,10 +314,54 @@ def test_command_says_what_is_wrong(small_target: Path, small_data: Path, tmp_pa
     (tmp_path / "empty").mkdir()
     shown = run_command("train", "--target", small_target, "--data", tmp_path / "empty",
                         "--output", tmp_path / "d")  # fmt: skip
-    assert "documents.jsonl" in shown and "vllm-griffin data" in shown
+    assert "has no data.json" in shown and "vllm-griffin data" in shown
     shown = run_command("train", "--target", tmp_path / "empty", "--data", small_data,
                         "--output", tmp_path / "d")  # fmt: skip
     assert "no config.json" in shown
+
+
+@pytest.mark.parametrize(
+    ("record", "vocab", "hidden", "said"),
+    [
+        ({"finished": False}, 60, 32, "is not finished: run its vllm-griffin data again"),
+        ({}, 61, 32, "has the token 60, the target 60 tokens"),
+        ({}, 60, 16, "hidden states of size 16, the target of size 32"),
+        ({"settings": {"hidden_states": "online"}}, 60, 32, "--shards: the data's hidden states"),
+    ],
+)
+def test_data_that_do_not_fit(
+    small_target: Path, tmp_path: Path, record: dict, vocab: int, hidden: int, said: str
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    documents = [Document(i, [1, 2, vocab - 1], [(0, 3)]) for i in range(60)]
+    write_documents(data, documents)
+    write_shard(data / "shard-00000.safetensors", documents, [torch.ones(3, hidden)] * 60)
+    whole = {"settings": {"target": "another"}, "finished": True} | record
+    (data / "data.json").write_text(json.dumps(whole))
+    shown = run_command("train", "--target", small_target, "--data", data, "--output",
+                        tmp_path / "d", "--steps", 3, "--shards", 1)  # fmt: skip
+    assert said in " ".join(shown.split())
+    assert (record.get("finished") is False) or "was made for the target" in shown
+
+
+def test_a_system_error_is_said_in_words(small_target: Path, small_data: Path) -> None:
+    shown = run_command("train", "--target", small_target, "--data", small_data, "--output",
+                        "/proc/nowhere/draft", "--steps", 3)  # fmt: skip
+    assert "No such file or directory" in shown
+
+
+def test_a_loaded_draft_keeps_its_layout(
+    small_target: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """What the record says is what was trained; another layout asked for is refused."""
+    base = ["train", "--target", small_target, "--data", small_data, "--batch-tokens", 64]
+    run_command(*base, "--output", tmp_path / "griffin", "--stages", "1:1")
+    going_on = [*base, "--init-from", tmp_path / "griffin", "--output", tmp_path / "more"]
+    assert "--no-tgf: --init-from has the layout" in run_command(*going_on, "--no-tgf")
+    run_command(*going_on, "--preset", "hass", "--stages", "2:1")
+    record = json.loads((tmp_path / "more" / "run.json").read_text())
+    assert record["settings"]["fusion"] and record["settings"]["two_heads"]
 
 
 def test_dry_run_writes_nothing(small_target: Path, small_data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """``vllm-griffin eval``: acceptance of drafts, in this plugin's vLLM engine or by replay."""
 
+import importlib.util
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vllm_griffin.commands.options import config_option
+from vllm_griffin.commands.options import config_option, reason
 
 if TYPE_CHECKING:
     from vllm_griffin.tree_shape import TreeShape
@@ -18,6 +19,9 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.command("eval")
 @config_option
 @click.option("--target", required=True, help="Target model: folder or hub name.")
+@click.option(
+    "--chat-template", type=FILE, help="Jinja chat template, in place of the target's own."
+)
 @click.option(
     "--draft", "drafts", multiple=True, required=True, help="Draft: folder or hub name; repeatable."
 )
@@ -100,6 +104,7 @@ def command(
     dtype: str,
     batch: int,
     draft_vocab_size: int | None,
+    chat_template: Path | None,
     write_card: bool,
     write_trees: bool,
 ) -> None:
@@ -131,6 +136,7 @@ def command(
             dtype=dtype,
             batch=batch,
             draft_vocab_size=draft_vocab_size,
+            chat_template=chat_template,
         )
         if write_trees:
             _check_sizes(request.trees)
@@ -139,7 +145,7 @@ def command(
             evaluation.by_replay(replay, check_engine) if replay else (evaluation.in_engine(), [])
         )
     except (ValueError, OSError, KeyError, EngineError) as error:
-        raise click.ClickException(str(error.args[0] if error.args else error)) from error
+        raise click.ClickException(reason(error)) from error
     _show(rows, checks)
     if write_trees:
         from vllm_griffin.evaluate.trees import pooled_lengths
@@ -179,6 +185,8 @@ def _check_options(
         raise click.UsageError("--check-engine compares a replay with the engine: give --replay")
     if replay is not None and dtype != "float32":
         raise click.UsageError("a replay computes in float32: leave --dtype out")
+    if output is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError("--output draws a picture: pip install 'vllm-griffin[train]'")
     if write_card and (replay is not None or output is None):
         raise click.UsageError("--write-card needs a result of the engine and --output")
     for flag, wanted in (("--write-card", write_card), ("--write-trees", write_trees)):
@@ -227,6 +235,7 @@ def _write(
         "target": request.target,
         "drafts": list(request.drafts),
         "prompts": [str(path) for path in request.prompts],
+        "chat_template": None if request.chat_template is None else str(request.chat_template),
         "outputs": str(replay) if replay else None,
         "limit": request.limit,
         "max_tokens": request.max_tokens,

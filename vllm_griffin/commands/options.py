@@ -38,6 +38,11 @@ def _spellings(parameter: click.Parameter) -> set[str]:
     return {*flags, parameter.name or ""} - {"", "config", "help"}
 
 
+def reason(error: Exception) -> str:
+    """What an error says; of a KeyError, without the quotes around it."""
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+
+
 def config_option(command: F) -> F:
     """Add ``--config FILE.yaml``: defaults of this command's options by name; flags win."""
     return click.option(

@@ -1,12 +1,13 @@
 """``vllm-griffin train``: train a draft on training data."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from vllm_griffin.commands.options import config_option
+from vllm_griffin.commands.options import config_option, reason
 
 # Read off the module of the settings when the command runs; here so that --help imports no torch.
 PRESETS = ("griffin", "griffin-published", "hass", "eagle2")
@@ -125,7 +126,11 @@ def command(
     import torch
 
     from vllm_griffin.card import write_card
-    from vllm_griffin.train.loop import Trainer, TrainingError
+
+    try:
+        from vllm_griffin.train.loop import Trainer, TrainingError
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error}: pip install 'vllm-griffin[train]'") from error
     from vllm_griffin.train.settings import PRESETS as CHANGES
     from vllm_griffin.train.settings import Settings, staged
 
@@ -137,10 +142,19 @@ def command(
         changes.pop("passes", None)
         chosen = {name: value for name, value in options.items() if value is not None}
         settings = Settings(**(changes | chosen | {"stages": stages or staged(last, steps)}))
-        draft, parts, states = _load(target, data_folder, init_from, shards, settings)
+        data = _data_record(data_folder, target)
+        online = data["settings"].get("hidden_states") == "online"
+        if online and shards:
+            raise click.UsageError("--shards: the data's hidden states are not stored")
+        draft, parts, states = _load(target, data_folder, init_from, online, shards, settings)
+        layout = {"fusion": draft.config.fusion, "two_heads": draft.config.two_heads}
+        for name, flag in (("fusion", "--fusion/--no-tgf"), ("two_heads", "--two-heads/--no-teh")):
+            if chosen.get(name, layout[name]) != layout[name]:
+                raise click.UsageError(f"{flag}: --init-from has the layout of {init_from}")
+        settings = replace(settings, **layout)
         record = {
             "target": target,
-            "data": _data_record(data_folder),
+            "data": data,
             "preset": preset,
             "init_from": init_from,
         }
@@ -162,7 +176,7 @@ def command(
         )
         trainer.run(getattr(torch, dtype))
     except (TrainingError, ValueError, KeyError, OSError, ImportError) as error:
-        raise click.ClickException(str(error.args[0] if error.args else error)) from error
+        raise click.ClickException(reason(error)) from error
     if not trainer.accelerator.is_main_process:
         return
     write_card(output)
@@ -172,7 +186,12 @@ def command(
 
 
 def _load(
-    target: str, data_folder: Path, init_from: str | None, shards: int | None, settings: Any
+    target: str,
+    data_folder: Path,
+    init_from: str | None,
+    online: bool,
+    shards: int | None,
+    settings: Any,
 ) -> tuple[Any, Any, Any]:
     """The network to train, what it takes from the target, and the documents with their states."""
     import torch
@@ -188,7 +207,7 @@ def _load(
     else:
         draft = new_draft(parts, fusion=settings.fusion, two_heads=settings.two_heads)
     states: States
-    if any(data_folder.glob("shard-*.safetensors")):
+    if not online:
         states = StoredStates(data_folder, shards)
     else:
         from transformers import AutoModelForCausalLM
@@ -200,15 +219,46 @@ def _load(
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval().to(device)
         states = OnlineStates(documents, model)
+    _check_fit(data_folder, states, parts)
     return draft, parts, states
 
 
-def _data_record(folder: Path) -> dict[str, Any]:
-    """What `data.json` says of the training data, and where it is."""
+def _check_fit(folder: Path, states: Any, parts: Any) -> None:
+    """Refuse data of a target of another size.
+
+    Raises:
+        ValueError: Names the data and both sizes.
+    """
+    vocab, hidden = parts.head.shape
+    largest = max(max(document.tokens) for document in states.documents)
+    if largest >= vocab:
+        raise ValueError(
+            f"{folder} has the token {largest}, the target {vocab} tokens: it was made for another target"
+        )
+    width = states.features(0).shape[1]
+    if width != hidden:
+        raise ValueError(
+            f"{folder} has hidden states of size {width}, the target of size {hidden}: it was made for "
+            "another target"
+        )
+
+
+def _data_record(folder: Path, target: str) -> dict[str, Any]:
+    """What `data.json` says of the training data, and where it is.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: The data are not finished.
+    """
     import json
 
     path = folder / "data.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no data.json: make it with vllm-griffin data")
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if not record.get("finished"):
+        raise ValueError(f"{folder} is not finished: run its vllm-griffin data again, it goes on")
+    made_for = record["settings"].get("target")
+    if made_for != target:
+        click.echo(f"note: {folder} was made for the target {made_for}, not {target}", err=True)
     return record | {"folder": str(folder)}

@@ -45,11 +45,7 @@ class Builder:
         }
 
     def without_excluded(self, records: Sequence[Record]) -> list[Record]:
-        """Records none of whose prompts is one of the files to exclude.
-
-        Raises:
-            click.ClickException: Such a file is malformed.
-        """
+        """Records none of whose prompts is one of the files to exclude."""
         prompts = self._excluded_prompts(self._settings.exclude)
         kept = [record for record in records if prompts.isdisjoint(self._prompts(record))]
         self._excluded += len(records) - len(kept)
@@ -57,7 +53,7 @@ class Builder:
 
     def _excluded_prompts(self, paths: Sequence[Path]) -> set[Any]:
         found: set[Any] = set()
-        for record in read_records(paths, None, Problems(stop=True)):
+        for record in read_records(paths, None, self._problems):
             found.update(self._prompts(record))
             if isinstance(record.content, Chat) and self.tokenizer.chat_template:
                 found.add(tuple(self.template.prompt(record.content.opening)))

@@ -1,6 +1,7 @@
 """Chats as tokens: the target's own chat template, and which tokens are the assistant's."""
 
 import re
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ from vllm_griffin.data.sources import Message
 Spans = list[tuple[int, int]]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "QQUSERTURNQQ"
+# For templates that name today's date: the same text must be the same prompt tomorrow. It is the date that
+# those of Llama 3 have where there is no clock.
+_TODAY = datetime(2024, 7, 26)
+
+
+def fixed_clock(form: str) -> str:
+    """What `strftime_now` is for chat templates: a date that does not pass."""
+    return _TODAY.strftime(form)
 
 
 def load_tokenizer(target: str, template: Path | None = None) -> Any:
@@ -46,7 +55,7 @@ class ChatTemplate:
                 "the target has no chat template, which prompts and chats need: give one with "
                 "--chat-template FILE, or train on text or token ids"
             )
-        if not tokenizer.is_fast:
+        if not getattr(tokenizer, "is_fast", False):
             raise click.ClickException(
                 f"{type(tokenizer).__name__} does not say which characters its tokens cover; chats need "
                 "a tokenizer with a tokenizer.json"
@@ -70,10 +79,11 @@ class ChatTemplate:
 
         They are what the template marks with ``{% generation %}``; if it marks nothing, what a turn of the
         assistant adds to the rendering up to there with the generation prompt, as far as the token that
-        ends the turn. Turns after the assistant's last one are left out.
+        ends the turn. Turns that later ones change (templates that drop earlier thoughts) have none. Turns
+        after the assistant's last one are left out.
 
         Raises:
-            ValueError: There is no turn of the assistant, or they cannot be told.
+            ValueError: There is no turn of the assistant, or none can be told.
         """
         roles = [message["role"] for message in messages]
         if "assistant" not in roles:
@@ -100,7 +110,10 @@ class ChatTemplate:
     def _render(self, messages: list[Message], generation: bool) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation
+                messages,
+                tokenize=False,
+                add_generation_prompt=generation,
+                strftime_now=fixed_clock,
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
@@ -117,6 +130,7 @@ class ChatTemplate:
                 messages,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
+                strftime_now=fixed_clock,
                 tokenizer_kwargs={"verbose": False},
             )
         except TemplateError as error:
@@ -128,22 +142,26 @@ class ChatTemplate:
         encoded = self._encode(whole)
         tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
         spans = []
+        untold = 0
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             before = self._render(messages[:i], True)
             after = self._render(messages[: i + 1], False)
             if not (whole.startswith(after) and after.startswith(before)):
-                raise ValueError(
-                    f"the chat template renders the conversation up to turn {i + 1} otherwise than as the "
-                    "beginning of the whole, so the assistant's tokens cannot be told"
-                )
+                untold = i + 1
+                continue
             a, b = (_first_from(offsets, len(text)) for text in (before, after))
             # What the template adds after the end of a turn is never generated.
             ends = [j for j in range(a, b) if tokens[j] in self._ends]
             b = ends[-1] + 1 if ends else b
             if a < b:
                 spans.append((a, b))
+        if untold and not spans:
+            raise ValueError(
+                f"the chat template renders the conversation up to turn {untold} otherwise than as the "
+                "beginning of the whole, so the assistant's tokens cannot be told"
+            )
         return tokens, spans
 
 

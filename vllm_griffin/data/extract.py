@@ -4,7 +4,6 @@ vLLM's example connector writes, for each finished request, what left the target
 after the last layer come without the final norm, which drafts are trained on; it is applied here.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from vllm_griffin.data.documents import Document
 from vllm_griffin.data.engine import complete, engine
 from vllm_griffin.data.hidden import Source
-from vllm_griffin.model.checkpoint import find_folder
+from vllm_griffin.model.checkpoint import find_folder, find_weights, list_tensors
+from vllm_griffin.model.files import read_tensors
 
 NORM = "model.norm.weight"
 
@@ -102,21 +102,16 @@ def final_norm(target: str) -> tuple[nn.Module, int]:
     Raises:
         click.ClickException: The folder's weights have no `model.norm.weight`.
     """
-    from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(target)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     norm: nn.Module = model.base_model.norm.to_empty(device="cpu")
-    folder = find_folder(target)
-    index = folder / "model.safetensors.index.json"
-    name = "model.safetensors"
-    if index.is_file():
-        name = json.loads(index.read_text())["weight_map"].get(NORM, name)
-    try:
-        with safe_open(folder / name, "pt") as weights:
-            norm.load_state_dict({"weight": weights.get_tensor(NORM)})
-    except (OSError, KeyError) as error:
-        raise click.ClickException(f"{target} has no {NORM} in its safetensors files") from error
+    source = find_weights(find_folder(target))
+    tensors = list_tensors(source) if source else {}
+    if NORM not in tensors:
+        raise click.ClickException(f"{target} has no {NORM} in its weights")
+    ((_, weight),) = read_tensors(tensors[NORM].file, [NORM])
+    norm.load_state_dict({"weight": weight})
     return norm.eval(), config.num_hidden_layers

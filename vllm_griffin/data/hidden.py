@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vllm_griffin.data.documents import Document
-from vllm_griffin.data.shards import write_shard
+from vllm_griffin.data.shards import holds, write_shard
 
 # Documents -> hidden states after the final norm [len, h] of each, in their order.
 Source: TypeAlias = Callable[[Sequence[Document]], list[Tensor]]
@@ -53,7 +53,9 @@ def store(
     folder: Path,
     tokens: int,
 ) -> None:
-    """Store the hidden states of `documents` in ``shard-00000.safetensors``, ...; finished shards are kept.
+    """Store the hidden states of `documents` in ``shard-00000.safetensors``, ...
+
+    Finished shards of these documents are kept, shards of others go.
 
     Args:
         open_source: Makes the source, if a shard is missing.
@@ -68,7 +70,10 @@ def store(
         folder / f"shard-{number:05d}.safetensors": group
         for number, group in enumerate(plan_shards(documents, tokens))
     }
-    missing = {path: group for path, group in groups.items() if not path.exists()}
+    for path in folder.glob("shard-*.safetensors"):
+        if path not in groups:
+            path.unlink()
+    missing = {path: group for path, group in groups.items() if not holds(path, group)}
     if not missing:
         return
     total = count_tokens(documents)

@@ -70,7 +70,9 @@ def claim(s: Settings) -> dict[str, Any]:
     """
     s.output.mkdir(parents=True, exist_ok=True)
     path, settings = s.output / "data.json", s.record()
-    others = any(found != path for found in s.output.iterdir())
+    # A kill while the record was first written leaves a part of it.
+    ours = {path, path.with_suffix(".partial")}
+    others = any(found not in ours for found in s.output.iterdir())
     if path.exists() and others:
         before = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
         changed = [name for name in settings if before.get(name) != settings[name]]

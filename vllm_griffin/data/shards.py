@@ -54,6 +54,15 @@ def write_shard(path: Path, documents: Sequence[Document], hidden: Sequence[Tens
         scratch.unlink(missing_ok=True)
 
 
+def holds(path: Path, documents: Sequence[Document]) -> bool:
+    """Whether a finished shard has these documents."""
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as shard:
+        tokens = shard.get_tensor("tokens").tolist()
+    return tokens == [token for document in documents for token in document.tokens]
+
+
 def _spans(marks: Tensor) -> list[tuple[int, int]]:
     """Ranges of ones in [len]."""
     edges = torch.diff(torch.nn.functional.pad(marks.int(), (1, 1)))

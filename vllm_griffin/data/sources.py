@@ -11,6 +11,7 @@ A file that is one JSON list (as ShareGPT is published) is read as if each entry
 that is neither is one plain text.
 """
 
+import codecs
 import json
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -142,7 +143,8 @@ def read_records(paths: Sequence[Path], form: str | None, problems: Problems) ->
 def _entries(path: Path, form: str | None) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, how to read it) of a file's lines, list entries, or of the file as a text."""
     with open(path, "rb") as file:
-        first = next((line for line in file if line.strip()), b"").lstrip()[:1]
+        lines = (line.removeprefix(codecs.BOM_UTF8) for line in file)
+        first = next((line for line in lines if line.strip()), b"").lstrip()[:1]
     by_line = first == b"{" or path.suffix == ".jsonl"
     if first == b"[" and path.suffix == ".json":
         for number, entry in enumerate(_json_list(path), 1):
@@ -180,7 +182,7 @@ def _json(line: bytes) -> Any:
 
 def _plain(path: Path) -> Text:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError("not UTF-8") from error
     return Text(_filled(text, "text"))

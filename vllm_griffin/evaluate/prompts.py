@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_griffin.data.chat import fixed_clock
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -18,13 +20,14 @@ class Prompt:
 def read_first_turns(path: Path, limit: int | None = None) -> list[tuple[int, str]]:
     """Numbers and texts of a JSONL file with `turns` (a list of strings) or `prompt` (a string).
 
-    The number is `question_id`, else `id`, else the line's place from 0. Empty lines are passed over.
+    The number is `question_id`, else `id`, if it is one, else the line's place from 0. Empty lines are passed
+    over.
 
     Raises:
         ValueError: A line is malformed or repeats a number; it is named by its number, from 1.
     """
     turns: dict[int, str] = {}
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         for place, line in enumerate(lines):
             if limit is not None and len(turns) == limit:
                 break
@@ -50,7 +53,10 @@ def _first_turn(row: Any, place: int) -> tuple[int, str]:
     if not isinstance(text, str) or not text:
         raise ValueError('no "turns": ["..."] and no "prompt": "..."')
     number: Any = row.get("question_id", row.get("id", place))
-    return int(number), text
+    try:
+        return int(number), text
+    except (ValueError, TypeError):
+        return place, text
 
 
 def load_prompts(paths: list[Path], tokenizer: Any, limit: int | None = None) -> list[Prompt]:
@@ -79,6 +85,8 @@ def encode(text: str, tokenizer: Any) -> list[int]:
     """Token ids of one user turn by the chat template, or of the text where there is none."""
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": text}]
-        encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=True, strftime_now=fixed_clock
+        )
         return list(encoded["input_ids"])
     return list(tokenizer(text)["input_ids"])

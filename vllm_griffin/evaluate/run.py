@@ -7,8 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import click
 from tqdm import tqdm
 
+from vllm_griffin.data.chat import load_tokenizer
 from vllm_griffin.evaluate import metrics
 from vllm_griffin.evaluate.engine import EngineSettings, evaluate_in_engine, generate
 from vllm_griffin.evaluate.outputs import TAIL, Output, append_outputs, read_outputs
@@ -39,6 +41,7 @@ class Request:
     dtype: str
     batch: int
     draft_vocab_size: int | None = None
+    chat_template: Path | None = None
 
 
 class Evaluation:
@@ -50,10 +53,14 @@ class Evaluation:
         Raises:
             ValueError: A malformed prompt file, a prompt over the context, a draft that does not fit.
         """
-        from transformers import AutoTokenizer
-
         self.request = request
-        tokenizer = AutoTokenizer.from_pretrained(request.target)
+        tokenizer = load_tokenizer(request.target, request.chat_template)
+        if not getattr(tokenizer, "chat_template", None):
+            click.echo(
+                "note: the target has no chat template, so prompts are given as they are (--chat-template "
+                "FILE gives one)",
+                err=True,
+            )
         self.prompts = load_prompts(list(request.prompts), tokenizer, request.limit)
         head, context = self.parts.head, int(self.parts.config["max_position_embeddings"])
         # Of each draft, the tokens that it drafts from; None: all.

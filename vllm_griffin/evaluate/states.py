@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +21,7 @@ SAMPLE = 1 << 20  # bytes of a weight file's beginning and end that name it
 def fingerprint(target: Path) -> str:
     """A digest of a model folder: its config, and sizes, beginnings and ends of its weight files."""
     digest = hashlib.sha256((target / "config.json").read_bytes())
-    for file in sorted(target.glob("*.safetensors")):
+    for file in sorted([*target.glob("*.safetensors"), *target.glob("*.bin")]):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as weights:
@@ -69,7 +70,11 @@ class OutputStates:
             hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
             file = self._file(output)
             scratch = file.with_suffix(".partial")
-            save_file({"hidden": hidden.cpu().contiguous()}, scratch)
+            try:
+                save_file({"hidden": hidden.cpu().contiguous()}, scratch)
+            except SafetensorError as error:
+                scratch.unlink(missing_ok=True)
+                raise OSError(f"cannot write {file} ({error}); what is finished is kept") from error
             scratch.replace(file)
             done()
 

@@ -50,6 +50,8 @@ def condition(draft: Draft, features: Tensor, tokens: Tensor, *, initialise: boo
     embeds = draft.embed_tokens(tokens)
     rms = torch.cat([embeds, features], dim=-1).square().mean(0).sqrt()
     spread = features.std(0)
+    # A channel that is the same in all of these documents need not be so in others.
+    rms, spread = (x.clamp_min(1e-3 * x.median()) for x in (rms, spread))
     fc = draft.fc.fc if isinstance(draft.fc, Fusion) else draft.fc
     down = draft.layer.mlp.down_proj
     if initialise:

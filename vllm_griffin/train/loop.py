@@ -1,7 +1,9 @@
 """The training loop: stages of one and of several passes, validation, checkpoints that resume exactly."""
 
+import hashlib
 import itertools
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -58,13 +61,14 @@ class Trainer:
             states: Training and validation documents.
             target: The target's configuration and LM head.
             settings: The run's settings; a continued run may only be given more steps.
-            folder: Output folder.
+            folder: Output folder: a new one, or one of a run with these settings, data and processes.
             fresh: Initialise the network here; False for weights that were loaded.
             report_to: A tracker that accelerate knows, such as "tensorboard".
             record: What `run.json` says besides settings and provenance.
 
         Raises:
-            TrainingError: No document to train on or to validate with, or the folder holds another run.
+            TrainingError: No document to train on or to validate with, or the folder holds another run or
+                a draft that no run has made.
         """
         self.settings, self.folder, self.target = settings, Path(folder), target
         self.states = states
@@ -98,19 +102,30 @@ class Trainer:
         self.optimisers: list[torch.optim.Optimizer] = []
         self.step, self.best, self.seconds = 0, float("-inf"), 0.0
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._resume()
         self._record = (record or {}) | {
             "documents": len(self.training),
             "held_out": len(self.validation),
         }
+        # What must be as it was, besides the settings, for a run to go on as if it had not stopped.
+        self._made_from = {
+            "target": hashlib.sha256(target.head[:64].numpy().tobytes()).hexdigest(),
+            "init-from": not fresh,
+            "data": [len(states.documents), sum(len(d.tokens) for d in states.documents)],
+            "network": asdict(draft.config),
+            "number of processes": self.accelerator.num_processes,
+        }
+        self._resume()
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
+            self._check_unclaimed()
             self._forget_rows()
             return
         saved = torch.load(path, weights_only=True, map_location=self.accelerator.device)
         wrong = self.settings.differences(saved["settings"])
+        before = saved["made_from"]
+        wrong += [name for name, value in self._made_from.items() if before.get(name) != value]
         done = _steps_until(saved["settings"]["stages"], saved["step"])
         if wrong or done != _steps_until(self.settings.stages, saved["step"]):
             raise TrainingError(
@@ -126,13 +141,29 @@ class Trainer:
             for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
                 optimiser.load_state_dict(state)
 
+    def _check_unclaimed(self) -> None:
+        """Refuse to write over a draft, unless this run itself was stopped before its first checkpoint."""
+        if not (self.folder / "model.safetensors").exists():
+            return
+        try:
+            record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            record = {}
+        settings = json.loads(json.dumps(asdict(self.settings)))
+        if record.get("settings") != settings:
+            raise TrainingError(
+                f"{self.folder} holds a draft, and no checkpoint of a run to go on with: give another folder"
+            )
+
     def _forget_rows(self) -> None:
         """Drop what was logged after the checkpoint: those steps are done again."""
         path = self.folder / "log.jsonl"
         if path.exists() and self.accelerator.is_main_process:
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _logged_step(line) <= self.step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            scratch = path.with_suffix(".partial")
+            scratch.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            scratch.replace(path)
 
     def _new_optimisers(self) -> None:
         s = self.settings
@@ -140,9 +171,15 @@ class Trainer:
         self.optimisers = [self.accelerator.prepare(o) for o in made]
 
     def save(self) -> None:
-        """Write the checkpoint as a whole or not at all."""
+        """Write the checkpoint as a whole or not at all.
+
+        Raises:
+            TrainingError: The weights are not finite, or the disk is full.
+        """
         if not self.accelerator.is_main_process:
             return
+        if not all(bool(p.isfinite().all()) for p in self.draft.parameters()):
+            raise self._diverged("the weights are not finite")
         state = {k: v for k, v in self.draft.state_dict().items() if not k.startswith("embed")}
         saved = {
             "draft": state,
@@ -151,6 +188,7 @@ class Trainer:
             "best": self.best,
             "seconds": self.seconds,
             "settings": asdict(self.settings),
+            "made_from": self._made_from,
         }
         path = self.folder / "checkpoint.pt"
         scratch = path.with_suffix(".partial")
@@ -159,9 +197,16 @@ class Trainer:
             scratch.replace(path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             scratch.unlink(missing_ok=True)
-            raise TrainingError(
-                f"cannot write {path} ({error}); the last good checkpoint is kept"
-            ) from error
+            raise self._not_written(path, error) from error
+
+    def _not_written(self, path: Path, error: Exception) -> TrainingError:
+        return TrainingError(f"cannot write {path} ({error}); the last good checkpoint is kept")
+
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} at step {self.step}; {self.folder} keeps the last good checkpoint and draft: try a "
+            "lower learning rate"
+        )
 
     def run(self, dtype: torch.dtype = torch.bfloat16) -> None:
         """Train up to the last step; the best draft by held-out documents is written in `dtype`.
@@ -237,10 +282,7 @@ class Trainer:
             total, shown = self.loss(batch, self._noisy(batch), passes)
         terms = {name: value.item() for name, value in shown.items()}
         if not torch.isfinite(total):
-            raise TrainingError(
-                f"the loss is {total.item()} at step {self.step}; {self.folder} keeps the last good "
-                "checkpoint and draft: try a lower learning rate"
-            )
+            raise self._diverged(f"the loss is {total.item()}")
         self.accelerator.backward(total)
         trained = [p for p in self.draft.parameters() if p.requires_grad]
         if s.clip:
@@ -278,6 +320,8 @@ class Trainer:
     def _log(self, row: dict[str, float], dtype: torch.dtype) -> None:
         if not self.accelerator.is_main_process:
             return
+        if not all(math.isfinite(value) for value in row.values()):
+            raise self._diverged("figures of held-out documents are not finite")
         row = {k: float(f"{v:.6g}") for k, v in row.items()}
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
@@ -286,7 +330,10 @@ class Trainer:
         if row["top3"] > self.best:
             self.best = row["top3"]
             kept = self.vocabulary.ranking.tolist() if self.settings.vocabulary else None
-            save_draft(self.draft, self.folder, self.target.config, dtype, kept)
+            try:
+                save_draft(self.draft, self.folder, self.target.config, dtype, kept)
+            except (OSError, SafetensorError) as error:
+                raise self._not_written(self.folder, error) from error
 
 
 def _groups(states: States, documents: list[int]) -> Iterator[list[int]]:

@@ -132,7 +132,8 @@ def _advantage_weights(p: Tensor, q: Tensor, averaged: AveragingSet) -> Tensor:
 
 def _rank_of(logits: Tensor, labels: Tensor) -> Tensor:
     own = logits.gather(1, labels.clamp_min(0)[:, None])
-    above = (logits > own).sum(-1)
+    # Of what is not a number, nothing is right.
+    above = (~(logits <= own)).sum(-1)
     return torch.where(labels < 0, logits.shape[-1], above)
 
 

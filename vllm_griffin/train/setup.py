@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from vllm_griffin.model.checkpoint import find_folder
+from vllm_griffin.model.checkpoint import find_folder, find_weights, list_tensors
+from vllm_griffin.model.files import read_tensors
 from vllm_griffin.train.network import Draft, DraftConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -28,28 +28,33 @@ class TargetParts:
 
 
 def load_target_parts(target: str | Path) -> TargetParts:
-    """Read embedding and LM head of a model with safetensors, single or sharded: a folder or a hub name.
+    """Read embedding and LM head of a model, in one file or in shards: a folder or a hub name.
 
     Raises:
-        CheckpointError: Neither a folder nor a model that the hub could give.
+        CheckpointError: Neither a folder nor a model that the hub could give, or a damaged weight file.
         FileNotFoundError: A folder without `config.json`.
-        KeyError: The weights have no embedding by the name that Llama-like models give it.
+        KeyError: The weights have no embedding by the name that Llama-like models give it, or the config no
+            length of context.
         ValueError: The LM head has a bias, or logits are soft-capped, which a draft's head cannot have.
     """
     folder = find_folder(target)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{target} is not a model folder (no config.json)")
-    found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as weights:
-            names = set(weights.keys())
-            if "lm_head.bias" in names:
-                raise ValueError(f"{target}: its LM head has a bias, which drafts do not support")
-            for key in names & {EMBEDDING, HEAD}:
-                found[key] = weights.get_tensor(key).float()
+    source = find_weights(folder)
+    tensors = list_tensors(source) if source else {}
+    if "lm_head.bias" in tensors:
+        raise ValueError(f"{target}: its LM head has a bias, which drafts do not support")
+    found = {
+        key: tensor.float()
+        for key in (EMBEDDING, HEAD)
+        if key in tensors
+        for _, tensor in read_tensors(tensors[key].file, [key])
+    }
     if EMBEDDING not in found:
-        raise KeyError(f"{target}: no {EMBEDDING} in its safetensors files")
+        raise KeyError(f"{target}: no {EMBEDDING} in its weights")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "max_position_embeddings" not in config:
+        raise KeyError(f"{target}: its config.json has no 'max_position_embeddings'")
     if config.get("final_logit_softcapping"):
         raise ValueError(f"{target}: its logits are soft-capped, which drafts do not support")
     # A tied head is not stored.
