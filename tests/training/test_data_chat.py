@@ -5,6 +5,7 @@ import pytest
 
 from tests.training.data_target import MARKED, NO_PREFIX, PLAIN, tokenizer
 from vllm_griffin.data.chat import ChatTemplate
+from vllm_griffin.evaluate.prompts import encode
 
 CHAT = [
     {"role": "system", "content": "be good"},
@@ -35,11 +36,28 @@ def test_without_an_end_of_turn_all_of_the_difference_counts() -> None:
     assert answers(PLAIN.replace("<|end|>", "!")) == ["hello!\n", "bye.!\n"]
 
 
-def test_a_rendering_that_is_no_prefix_is_refused() -> None:
-    with pytest.raises(ValueError, match="up to turn 3 otherwise"):
-        answers(NO_PREFIX)
+def test_turns_that_later_ones_change_are_not_learnt() -> None:
+    assert answers(NO_PREFIX) == ["bye.<|end|>"]
     # A single answer is rendered as it is.
     assert answers(NO_PREFIX, CHAT[:3]) == ["hello<|end|>"]
+    never = PLAIN.replace("<|bot|>{{", "{{ messages | length }}<|bot|>{{")
+    with pytest.raises(ValueError, match="up to turn 5 otherwise"):
+        answers(never)
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_a_templates_date_does_not_pass(template: str) -> None:
+    """Or a run that goes on tomorrow would know none of today's prompts."""
+    dated = "{{ strftime_now('%d %b %Y') }}" + template
+    made = tokenizer(dated)
+    for tokens in (
+        ChatTemplate(made).prompt(CHAT[:2]),
+        ChatTemplate(made).document(CHAT)[0],
+        encode("hi", made),
+    ):
+        assert made.decode(tokens).startswith(
+            made.decode(made("26 Jul 2024", add_special_tokens=False)["input_ids"])
+        )
 
 
 def test_a_token_across_the_border_is_not_the_assistants() -> None:

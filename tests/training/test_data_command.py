@@ -112,6 +112,9 @@ def test_a_folder_of_something_else_is_left_alone(
     (tmp_path / "data" / "notes").write_text("mine")
     output = fail("--target", target, "--input", chats, "--output", tmp_path / "data")
     assert "is not empty and holds no training data" in output
+    # Half a record, of a run that was stopped at once, is nothing else.
+    (tmp_path / "data" / "notes").rename(tmp_path / "data" / "data.partial")
+    succeed("--target", target, "--input", chats, "--output", tmp_path / "data")
 
 
 def test_online_stores_no_states(target: Path, chats: Path, tmp_path: Path) -> None:
@@ -187,11 +190,14 @@ def test_texts_are_cut_in_pieces_of_one_prompt(target: Path, tmp_path: Path) -> 
 
 def test_evaluation_prompts_are_left_out(target: Path, chats: Path, tmp_path: Path) -> None:
     evaluation = tmp_path / "eval.jsonl"
-    evaluation.write_text(json.dumps({"turns": [" q3\n"]}) + "\n")
+    evaluation.write_text("\n" + json.dumps({"turns": [" q3\n"]}) + "\n")
     out = tmp_path / "data"
     common = ("--target", target, "--input", chats, "--hidden-states", "online")
     output = succeed(*common, "--output", out, "--exclude", evaluation)
     assert "1 prompts are among those to exclude" in output
+    assert "eval.jsonl, line 1: empty line" in " ".join(output.split())
+    stopping = (*common, "--output", tmp_path / "no", "--on-error", "stop")
+    assert "--on-error skip" in fail(*stopping, "--exclude", evaluation)
     assert [d.id for d in read_documents(out)] == [i for i in range(40) if i != 3]
     # As token ids too, which are compared with the rendered prompt.
     from vllm_griffin.data.chat import ChatTemplate, load_tokenizer

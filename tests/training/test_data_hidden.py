@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -72,6 +73,19 @@ def test_finished_shards_are_not_made_again(model: LlamaForCausalLM, tmp_path: P
     hidden.store(lambda: pytest.fail("nothing is missing"), DOCUMENTS, tmp_path, 19)
 
 
+def test_shards_of_other_documents_go(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """As when the tokenizer has changed under a run that was stopped."""
+    seen: list[int] = []
+    hidden.store(lambda: counted(model, seen), DOCUMENTS, tmp_path, 19)
+    assert seen == [3, 1, 2]
+    first = (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns
+    other = replace(DOCUMENTS[3], tokens=[t + 1 for t in DOCUMENTS[3].tokens])
+    hidden.store(lambda: counted(model, seen), [*DOCUMENTS[:3], other], tmp_path, 19)
+    assert seen == [3, 1, 2, 1]
+    assert (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == first
+    assert StoredStates(tmp_path).documents == [*DOCUMENTS[:3], other]
+
+
 def test_batches_are_bounded_and_complete() -> None:
     batches = list(hidden.by_length(DOCUMENTS, 24))
     assert sorted(i for batch in batches for i in batch) == list(range(6))
@@ -110,6 +124,15 @@ def test_a_full_disk_is_one_sentence(error: Exception, tmp_path: Path) -> None:
 def test_other_errors_of_the_system_stay(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), hidden.full_disk_explained(tmp_path):
         raise PermissionError(errno.EACCES, "no")
+
+
+def test_final_norm_of_torch_files(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(click.ClickException, match=r"no model\.norm\.weight in its weights"):
+        final_norm(str(tmp_path))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    norm, _ = final_norm(str(tmp_path))
+    assert torch.equal(norm.weight, model.model.norm.weight)
 
 
 def test_final_norm_makes_post_norm_states(model: LlamaForCausalLM, small_target: Path) -> None:

@@ -99,6 +99,15 @@ def test_one_file_keeps_its_own_numbers(tmp_path: Path) -> None:
     assert [r.id for r in read_records([path, other], None, Problems(stop=True))] == [0, 1, 2]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    row = json.dumps({"messages": [user("a")]})
+    paths = [tmp_path / name for name in ("list.json", "lines.json", "lines.jsonl", "a.txt")]
+    for path, text in zip(paths, (f"[{row}]", row + "\n", row + "\n", "words"), strict=True):
+        path.write_text(text, encoding="utf-8-sig")
+    found = read_records(paths, None, Problems(stop=True))
+    assert [r.content for r in found] == [*[Chat([user("a")])] * 3, Text("words")]
+
+
 def test_a_json_list_and_plain_text(tmp_path: Path) -> None:
     listed = tmp_path / "chats.json"
     listed.write_text(json.dumps([{"messages": [user("a")]}, {"messages": 3}]))

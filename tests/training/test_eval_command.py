@@ -138,6 +138,18 @@ def test_what_a_user_gets_wrong(prompts, arguments, message):
     assert message in " ".join(result.output.split())
 
 
+def test_a_template_for_targets_without_one(prompts, tmp_path):
+    """The stored outputs are of the prompts that it makes; the tiny target has none, which is said."""
+    (tmp_path / "t.jinja").write_text("{{ messages[0]['content'] }} # answer")
+    common = ("--replay", tmp_path / "o.jsonl", "--temperature", 0, "--tree", "chain:3")
+    result = usual(prompts, *common, "--chat-template", tmp_path / "t.jinja")
+    assert result.exit_code == 0, result.output
+    assert "no chat template" not in result.output
+    result = usual(prompts, *common)
+    assert result.exit_code == 1 and "another prompt" in result.output
+    assert "note: the target has no chat template" in result.output
+
+
 def test_malformed_prompts(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"turns": ["a"]}\n{"turns": 3}\n')

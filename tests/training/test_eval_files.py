@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from vllm_griffin.data.chat import fixed_clock
 from vllm_griffin.evaluate.outputs import Output, append_outputs, read_outputs
 from vllm_griffin.evaluate.prompts import encode, load_prompts, read_first_turns
 from vllm_griffin.tree_shape import TreeShape
@@ -20,8 +21,8 @@ class Tokenizer:
     def __call__(self, text):
         return {"input_ids": [ord(c) for c in text]}
 
-    def apply_chat_template(self, turns, add_generation_prompt, return_dict):
-        assert add_generation_prompt and return_dict
+    def apply_chat_template(self, turns, add_generation_prompt, return_dict, strftime_now):
+        assert add_generation_prompt and return_dict and strftime_now is fixed_clock
         return {"input_ids": [0, *(ord(c) for c in turns[0]["content"]), 1]}
 
 
@@ -58,6 +59,11 @@ def test_a_malformed_prompt_is_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=r"p\.jsonl") as caught:
         read_first_turns(file)
     assert message in str(caught.value)
+
+
+def test_names_for_ids_and_a_byte_order_mark(tmp_path):
+    file = write(tmp_path / "p.jsonl", "\ufeff" + json.dumps({"id": "ultra-1", "prompt": "a"}))
+    assert read_first_turns(file) == [(0, "a")]
 
 
 def test_no_prompts(tmp_path):

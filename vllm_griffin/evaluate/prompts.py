@@ -20,8 +20,8 @@ class Prompt:
 def read_first_turns(path: Path, limit: int | None = None) -> list[tuple[int, str]]:
     """Numbers and texts of a JSONL file with `turns` (a list of strings) or `prompt` (a string).
 
-    The number is `question_id`, else `id`, if it is one, else the line's place from 0. Empty lines are passed
-    over.
+    The number is `question_id`, else `id` if that is a number, else the line's place from 0. Empty lines are
+    passed over.
 
     Raises:
         ValueError: A line is malformed or repeats a number; it is named by its number, from 1.
@@ -52,11 +52,10 @@ def _first_turn(row: Any, place: int) -> tuple[int, str]:
     text = turns[0] if isinstance(turns, list) and turns else turns
     if not isinstance(text, str) or not text:
         raise ValueError('no "turns": ["..."] and no "prompt": "..."')
-    number: Any = row.get("question_id", row.get("id", place))
-    try:
-        return int(number), text
-    except (ValueError, TypeError):
-        return place, text
+    own = row.get("id")
+    # An `id` may be a name, as in many data sets; a `question_id` is a number.
+    number: Any = row.get("question_id", own if isinstance(own, int) else place)
+    return int(number), text
 
 
 def load_prompts(paths: list[Path], tokenizer: Any, limit: int | None = None) -> list[Prompt]:
