@@ -246,6 +246,9 @@ def _run(
         "max_num_seqs": max(batches),
         "enable_prefix_caching": False,
     }
+    if CPU not in os.environ:
+        # All engines share the device.
+        arguments["gpu_memory_utilization"] = 0.9 / (1 + len(specs))
     with engines(target, specs, arguments | options, settings["logs"]) as made:
         rows = measure(made, batches, settings["max_tokens"], settings["rounds"])
     kept = {k: v for k, v in settings.items() if k not in ("output", "logs")}

@@ -40,6 +40,8 @@ def is_wait(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         return len(args) == 1
     if func is torch.Tensor.__getitem__:
         return any(_is_mask(part) for part in _parts(args[1]))
+    if func is torch.Tensor.__setitem__:
+        return _copies_a_number(*args)
     if func is torch.Tensor.to:
         target = [*args[1:], *kwargs.values()]
         return any(str(part) == "cpu" for part in target) and not kwargs.get("non_blocking")
@@ -52,6 +54,14 @@ def _argument(args: Sequence[Any], place: int) -> Any:
 
 def _parts(index: Any) -> Sequence[Any]:
     return index if isinstance(index, tuple) else (index,)
+
+
+def _copies_a_number(into: torch.Tensor, index: Any, value: Any) -> bool:
+    """A number is filled in, but for one element, or elements that a tensor names: there it is copied."""
+    parts = _parts(index)
+    one = len(parts) == into.dim() and all(isinstance(part, int) for part in parts)
+    named = any(isinstance(part, torch.Tensor) for part in parts)
+    return not isinstance(value, torch.Tensor) and (one or named)
 
 
 def _is_mask(index: Any) -> bool:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 HERE = Path(__file__).parent
 SETS = {"MT-bench": "mt_bench", "HumanEval": "humaneval", "GSM8K": "gsm8k"}
+TRACED_TOKENS = 24
 # On a CPU each row costs time, so the tree is small; a GPU takes the draft's own.
 CPU_TREE = {"num_speculative_tokens": 5, "tree_depth": 2, "tree_top_k": 3}
 
@@ -40,7 +41,7 @@ class Answers:
         return sum(map(len, self.tokens)) / self.seconds
 
 
-def prepare_environment(trace: Path, on_gpu: bool) -> None:
+def prepare_environment(on_gpu: bool) -> None:
     """Settings that vLLM reads from the environment, unless the user has made them."""
     defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     if not on_gpu:
@@ -49,7 +50,6 @@ def prepare_environment(trace: Path, on_gpu: bool) -> None:
     defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    os.environ["VLLM_GRIFFIN_TRACE"] = str(trace)
 
 
 def answer(
@@ -131,6 +131,12 @@ def show_figures(console: Console, plain: Answers, griffin: Answers, spec: dict[
     )
 
 
+def trace_trees(trace: Path, target: str, prompt: str, on_gpu: bool, spec: dict[str, Any]) -> None:
+    """Writes the trees of one short answer, in an engine of its own: a trace takes time."""
+    os.environ["VLLM_GRIFFIN_TRACE"] = str(trace)
+    answer(target, [prompt], TRACED_TOKENS, on_gpu, spec)
+
+
 def show_tree(console: Console, trace: Path, target: str) -> None:
     """The verified tree of which most was accepted."""
     from transformers import AutoTokenizer
@@ -169,7 +175,7 @@ def main(each: int, max_tokens: int, draft: str, target: str | None) -> None:
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.jsonl"
-        prepare_environment(trace, on_gpu)
+        prepare_environment(on_gpu)
         explain_hardware(console, on_gpu)
         if target is None:
             from vllm_griffin.pretrained import smollm2_instruct
@@ -184,6 +190,7 @@ def main(each: int, max_tokens: int, draft: str, target: str | None) -> None:
             plain = answer(target, texts, max_tokens, on_gpu, None)
         with console.status("answering with griffin"):
             griffin = answer(target, texts, max_tokens, on_gpu, spec)
+            trace_trees(trace, target, texts[-1], on_gpu, spec)
         show_answers(console, prompts, plain, griffin)
         show_tree(console, trace, target)
         show_figures(console, plain, griffin, spec)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_griffin.tree import DraftTrees
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -53,6 +55,8 @@ def test_what_counts_as_a_wait(monkeypatch: Any) -> None:
         (torch.Tensor.__getitem__, (x, (mask,)), {}),
         (torch.Tensor.repeat_interleave, (x, x), {}),
         (torch.Tensor.to, (x, "cpu"), {}),
+        (torch.Tensor.__setitem__, (x, 1, 0), {}),
+        (torch.Tensor.__setitem__, (x, x, 0), {}),
     ]
     free = [
         (torch.where, (mask, x, x), {}),
@@ -63,9 +67,33 @@ def test_what_counts_as_a_wait(monkeypatch: Any) -> None:
         (torch.Tensor.to, (x, "cpu"), {"non_blocking": True}),
         (torch.Tensor.to, (x, torch.int32), {}),
         (torch.Tensor.add, (x, x), {}),
+        (torch.Tensor.__setitem__, (x, slice(1, 2), 0), {}),
+        (torch.Tensor.__setitem__, (x[None], 0, 0), {}),
+        (torch.Tensor.__setitem__, (x, x, x), {}),
     ]
     assert all(is_wait(*call) for call in waiting)
     assert not any(is_wait(*call) for call in free)
+
+
+def test_slots_change_hands_without_a_wait(monkeypatch: Any) -> None:
+    """Also where a request arrives, and in plain steps, which the counted steps are not."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from torch.overrides import TorchFunctionMode
+    from waits import is_wait
+
+    class NoWaits(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            assert not is_wait(func, args, kwargs or {}), func
+            return func(*args, **(kwargs or {}))
+
+    trees = DraftTrees(3, 4, torch.device("cpu"))
+    trees.num_nodes.fill_(4)
+    with NoWaits():
+        trees.reset(1, spine_only=True)
+        trees.clear(torch.tensor([2]))
+        trees.keep_to_spine(0)
+    assert trees.num_nodes.tolist() == [4, 0, 0]
+    assert trees.spine_only.tolist() == [True, True, False]
 
 
 def test_decode_rates_of_a_shape(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import pad
+from vllm.config.compilation import CUDAGraphMode
 
 from tests.kernels.attention_cases import (
     UNTOUCHED,
@@ -133,7 +134,7 @@ def test_timed_forms_are_one_result(rows, monkeypatch):
 def test_forms_are_timed_for_batches_that_can_be(monkeypatch):
     """Up to the requests whose trees fit into a step; a layer goes by the size below its own."""
     monkeypatch.delenv(prefix.ENV, raising=False)
-    tokens, splits = [], []
+    tokens, splits, captured = [], [], []
 
     def bench(attend, return_mode):
         before = len(tokens)
@@ -141,12 +142,17 @@ def test_forms_are_timed_for_batches_that_can_be(monkeypatch):
         # FlashAttention takes 1.5 for one request and half of that for four, the other form 1.
         return 1.5 / len(tokens) if len(tokens) > before else 1.0
 
+    def bench_graph(attend, return_mode):
+        captured.append(True)
+        return bench(attend, return_mode)
+
     def flash(num_splits, **arguments):
         tokens.append(len(arguments["q"]))
         splits.append(num_splits)
         return flash_attention(**arguments)
 
     monkeypatch.setattr("triton.testing.do_bench", bench)
+    monkeypatch.setattr("triton.testing.do_bench_cudagraph", bench_graph)
     monkeypatch.setattr(prefix, "flash_attention", lambda version: flash)
     impl = SimpleNamespace(
         fa4_hd256=False, num_heads=4, num_kv_heads=2, head_size=32, vllm_flash_attn_version=2
@@ -155,12 +161,15 @@ def test_forms_are_timed_for_batches_that_can_be(monkeypatch):
         num_speculative_tokens=6,
         model_config=SimpleNamespace(max_model_len=70),
         scheduler_config=SimpleNamespace(max_num_seqs=64, max_num_batched_tokens=70),
-        compilation_config=SimpleNamespace(max_cudagraph_capture_size=27),
+        compilation_config=SimpleNamespace(
+            max_cudagraph_capture_size=27, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
+        ),
     )
     spec = SimpleNamespace(block_size=16, dtype=torch.float32)
     found = backends.choose_form(impl, spec, config, torch.device("cpu"), 32)
     assert tokens == [7, 28], "ten requests at most, so one and four are timed"
     assert splits == [32, 0], "the larger step is not captured"
+    assert len(captured) == 2, "both forms of the captured one are timed as graphs"
     assert found == {1: False, 4: True}
 
 

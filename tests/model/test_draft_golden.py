@@ -1,11 +1,15 @@
 """The draft in vLLM's layers against what the published network computes (tests/data/golden)."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
+from vllm_griffin.model import layers
 from vllm_griffin.model.checkpoint import DraftCheckpoint, DraftLayout
 
 from .draft_files import GOLDEN, PlainDraft
@@ -38,6 +42,37 @@ def test_outputs_are_the_published_ones(load, expected, case, prompt):
     for name, value in found.items():
         published = expected[case][f"{prompt}.{name}"]
         torch.testing.assert_close(value, published, atol=1e-4, rtol=0, msg=lambda m, n=name: n + m)
+
+
+def test_on_cuda_each_operation_is_one_kernel(load, expected, monkeypatch):
+    """Whatever vLLM has turned off for the target that it compiles; two of the kernels work in place."""
+    ran = []
+
+    def rotate(self, positions, query, key):
+        ran.append("rotate")
+        for x, y in zip((query, key), self.forward_native(positions, query, key), strict=True):
+            x.copy_(y)
+        return query, key
+
+    def activate(self, x):
+        ran.append("activate")
+        return self.forward_native(x)
+
+    def add_and_norm(x, residual, weight, epsilon):
+        ran.append("norm")
+        residual += x
+        x.copy_(residual * (residual.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight)
+
+    monkeypatch.setattr(layers, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(layers.ops, "fused_add_rms_norm", add_and_norm)
+    monkeypatch.setattr(RotaryEmbedding, "forward_cuda", rotate)
+    monkeypatch.setattr(SiluAndMul, "forward_cuda", activate)
+    draft = load(GOLDEN / "a" / "draft", "a")
+    tokens, features = prompt_of(expected, "a", 0)
+    predict, regress = draft(tokens, torch.arange(len(tokens)), features)
+    assert ran == ["rotate", "norm", "activate"]
+    for value, name in ((predict, "predict"), (regress, "regress")):
+        torch.testing.assert_close(value, expected["a"][f"0.{name}"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("case", "prompt"), CASES)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
@@ -247,6 +248,8 @@ def choose_form(
     if form != "auto":
         return {1: form == "prefix"}
     rows = 1 + vllm_config.num_speculative_tokens
+    compilation = vllm_config.compilation_config
+    captures = compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
     scheduler = vllm_config.scheduler_config
     shape = Shape(
         heads=impl.num_heads,
@@ -259,7 +262,7 @@ def choose_form(
         # More trees do not fit into a step.
         batch=min(scheduler.max_num_seqs, max(1, scheduler.max_num_batched_tokens // rows)),
         graph_splits=graph_splits,
-        graph_rows=vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+        graph_rows=(compilation.max_cudagraph_capture_size or 0) if captures else 0,
     )
     found = faster_forms(shape, impl.vllm_flash_attn_version, device)
     logger.info_once(

@@ -93,7 +93,7 @@ class Shape:
         context: Most tokens of a request.
         batch: Most requests of a step.
         graph_splits: Parts into which FlashAttention may cut a prefix in steps that vLLM captures.
-        graph_rows: Most rows of those steps; in larger ones FlashAttention chooses.
+        graph_rows: Most rows of those steps, 0 for none; in larger ones FlashAttention chooses.
     """
 
     heads: int
@@ -114,7 +114,7 @@ def faster_forms(shape: Shape, fa_version: int, device: torch.device) -> dict[in
 
     Synthetic trees of full size behind equal prefixes; called while no graph is being captured.
     """
-    from triton.testing import do_bench
+    from triton.testing import do_bench, do_bench_cudagraph
 
     sizes = [1]
     while sizes[-1] * 4 <= shape.batch:
@@ -126,9 +126,9 @@ def faster_forms(shape: Shape, fa_version: int, device: torch.device) -> dict[in
             flash_attention(fa_version), num_splits=shape.graph_splits if captured else 0
         )
         split, prefix = both_forms(shape, batch, flash, device)
-        found[batch] = do_bench(prefix, return_mode="median") < do_bench(
-            split, return_mode="median"
-        )
+        # Launched one by one, what is short would be timed by how long the host takes to launch it.
+        bench = do_bench_cudagraph if captured else do_bench
+        found[batch] = bench(prefix, return_mode="median") < bench(split, return_mode="median")
     return found
 
 

@@ -5,11 +5,13 @@ size.
 Formulas: GRIFFIN (arXiv 2502.11018, section 4.2) as its published code computes them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm import _custom_ops as ops
 from vllm.config import CacheConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -23,12 +25,34 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.platforms import current_platform
 
 from vllm_griffin.kernels.token_fusion import fusion_norms
 from vllm_griffin.kernels.tree_attention import tree_attention
 from vllm_griffin.model.config import DraftConfig
 from vllm_griffin.model.layout import DraftLayout
 from vllm_griffin.model.level import TreeLevel
+
+
+def device_kernel(op: Any) -> Callable[..., Any]:
+    """An operation of vLLM's, on CUDA by its own kernel.
+
+    vLLM turns these kernels off for an engine that compiles its target; the draft is not compiled.
+    """
+    kernel: Callable[..., Any] = op.forward_cuda if current_platform.is_cuda() else op
+    return kernel
+
+
+def add_and_norm(norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual), x + residual), each [T, h], in one launch; may overwrite both inputs.
+
+    As `device_kernel`, where the norm's own form on CUDA is many launches, too.
+    """
+    if current_platform.is_cuda():
+        ops.fused_add_rms_norm(x, residual, norm.weight.data, norm.variance_epsilon)
+        return x, residual
+    normed, total = norm(x, residual)
+    return normed, total
 
 
 class PlainFusion(ReplicatedLinear):
@@ -123,6 +147,7 @@ class DraftAttention(nn.Module):
         self.rotary_emb = get_rope(
             self.head_dim, max_position=max_position, rope_parameters=config.rope_parameters
         )
+        self.rotate = device_kernel(self.rotary_emb)
         self.attn = Attention(
             self.num_heads,
             self.head_dim,
@@ -136,7 +161,7 @@ class DraftAttention(nn.Module):
         """x [T, h] at RoPE positions [T] -> [T, h]."""
         sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         q, k, v = self.qkv_proj(x).split([n * self.head_dim for n in sizes], dim=-1)
-        q, k = self.rotary_emb(positions, q, k)
+        q, k = self.rotate(positions, q, k)
         out = self.attn(q, k, v) if level is None else self._attend_tree(q, k, v, level)
         return self.o_proj(out)
 
@@ -178,7 +203,7 @@ class DraftMLP(nn.Module):
             prefix=f"{prefix}.down_proj",
             return_bias=False,
         )
-        self.act_fn = SiluAndMul()
+        self.act_fn = device_kernel(SiluAndMul())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, h] -> [T, h] or [T, 2h]."""
@@ -209,7 +234,7 @@ class DraftLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Fused input [T, h] -> (predict, regress), each [T, h]; one tensor twice without TEH."""
         attended = self.self_attn(positions, fused, level)
-        normed, u = self.post_attention_layernorm(attended, fused)
+        normed, u = add_and_norm(self.post_attention_layernorm, attended, fused)
         m = self.mlp(normed)
         if not self.two_heads:
             both = u + m

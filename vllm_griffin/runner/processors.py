@@ -36,7 +36,7 @@ class SpineProcessor(LogitsProcessor):
         """The processor says whether it changes the request's logits."""
         changes = self.processor.add_request(req_idx, sampling_params)
         if changes:
-            self.trees.spine_only[req_idx] = True
+            self.trees.keep_to_spine(req_idx)
         return changes
 
     def apply_staged_writes(self) -> None:

@@ -270,7 +270,8 @@ class TreeSpeculator(DraftModelSpeculator):
         layer_name = next(iter(self.draft_attn_layer_names))
         slots = slot_mappings[layer_name][extend.slot_rows]
         slots = slots.where(extend.slot_rows >= 0, PAD_SLOT_ID)
-        self.draft_max_seq_len = self.max_model_len
+        longest = int(batch.seq_lens_cpu_upper_bound[:num_reqs].max())
+        self.draft_max_seq_len = min(longest, self.max_model_len)
         metadata = self._build_attn_metadata(
             num_reqs=num_reqs,
             batch_desc=BatchExecutionDescriptor(
@@ -325,9 +326,16 @@ class TreeSpeculator(DraftModelSpeculator):
         return self.growers.get(size, self.growers[self.num_nodes])
 
     def _children(self, predict: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.model.compute_logits(predict)
-        assert logits is not None, "every rank gathers the logits"
-        logprobs, rows = top_children(logits, k)
+        """[rows, h] -> the k best tokens of each row and their log-probabilities, [rows, k].
+
+        So many rows at a time that logits, of which there are copies, stay small beside the KV cache.
+        """
+        parts = []
+        for part in predict.split(max_chunk_rows(self.vocab_size)):
+            logits = self.model.compute_logits(part)
+            assert logits is not None, "every rank gathers the logits"
+            parts.append(top_children(logits, k))
+        logprobs, rows = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         return logprobs, self.model.target_tokens(rows)
 
     def _scratch(self, batch: int, grower: TreeGrower) -> tuple[torch.Tensor, torch.Tensor]:

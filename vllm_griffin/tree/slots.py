@@ -42,8 +42,13 @@ class DraftTrees:
 
     def reset(self, slot: int, spine_only: bool) -> None:
         """A new request takes the slot: what the previous one left there is not its tree."""
-        self.num_nodes[slot] = 0
-        self.spine_only[slot] = spine_only
+        # Assigned to one element, a number would be copied from the host, which waits for the device.
+        self.num_nodes[slot : slot + 1].fill_(0)
+        self.keep_to_spine(slot, spine_only)
+
+    def keep_to_spine(self, slot: int, spine_only: bool = True) -> None:
+        """Whether the slot's request is verified on its spine only."""
+        self.spine_only[slot : slot + 1].fill_(spine_only)
 
     def store(self, slots: torch.Tensor, tree: OrderedTree, valid: torch.Tensor) -> None:
         """Keeps the batch's trees, of N nodes or fewer.
@@ -72,4 +77,4 @@ class DraftTrees:
 
     def clear(self, slots: torch.Tensor) -> None:
         """The requests of ``slots`` [B] int64 get no tree in this step."""
-        self.num_nodes[slots] = 0
+        self.num_nodes.index_fill_(0, slots, 0)
