@@ -166,3 +166,11 @@ def test_feature_loss(slots: int) -> None:
     assert got.tolist() == pytest.approx(slow.smooth_l1(regress, wanted), abs=1e-6)
     (grad,) = torch.autograd.grad(got.sum(), regress)
     torch.testing.assert_close(grad, (regress - wanted).clamp(-1, 1).detach() / HIDDEN)
+
+
+def test_nothing_is_right_in_what_is_not_a_number() -> None:
+    """A draft whose weights broke must not look like the best one."""
+    head, labels = torch.randn(7, 4), torch.tensor([0, 3, -1])
+    broken = torch.full((3, 4), float("nan"))
+    terms = head_terms(broken, torch.randn(3, 4), head, labels, Objective(token=1.0))
+    assert terms.rank.tolist() == [7, 7, 7]
