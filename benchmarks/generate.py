@@ -9,7 +9,6 @@ and take turns, so that a noisy machine is noisy for all of them. On a CPU set `
 a table; writes JSON, Markdown and a picture.
 """
 
-import json
 import os
 import statistics
 import tempfile
@@ -167,18 +166,14 @@ def chat(
     """A real pair on chat prompts, greedy."""
     from transformers import AutoTokenizer
 
+    from vllm_griffin.evaluate.prompts import encode, read_first_turns
     from vllm_griffin.pretrained import smollm2_instruct
 
     target = target or str(smollm2_instruct())
     tokenizer = AutoTokenizer.from_pretrained(target)
-    lines = (ROOT / "examples/prompts/mt_bench.jsonl").read_text().splitlines()[:prompts]
     ids = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": json.loads(line)["turns"][0]}],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        for line in lines
+        encode(text, tokenizer)
+        for _, text in read_first_turns(ROOT / "examples/prompts/mt_bench.jsonl", prompts)
     ]
     specs = {f"tree {tree}": griffin(draft, tree) for tree in trees or ("auto",)}
     batches = {

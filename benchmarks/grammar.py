@@ -31,6 +31,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.structured_output.utils import choice_as_grammar
 
 from vllm_griffin import provenance
+from vllm_griffin.evaluate.prompts import encode
 from vllm_griffin.pretrained import smollm2_instruct
 
 DRAFT = Path(__file__).parents[1] / "examples" / "models" / "smollm2-griffin"
@@ -137,9 +138,7 @@ def request(index: int, tokenizer: Any) -> tuple[list[int], SamplingParams]:
     """Prompt tokens and parameters of one of the 500."""
     kind, turn = KINDS[index % len(KINDS)], index // len(KINDS)
     ask = ASKS[kind].format(SUBJECTS[turn % len(SUBJECTS)])
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": ask}], add_generation_prompt=True, return_dict=False
-    )
+    prompt = encode(ask, tokenizer)
     sampling = {"temperature": 0} if turn % 2 else {"temperature": 1.0, "seed": index}
     params = SamplingParams(
         max_tokens=MAX_TOKENS,

@@ -264,7 +264,7 @@ def tree_cases(shape: Shape, tree: tree_order.OrderedTree) -> Iterator[Case]:
         *(pool_tokens, pool_scores, parents, (levels + 1).int()),
         *(shape.nodes, shape.depth),
     )
-    yield case("order tree", tree_growth, "order_tree", ordered)
+    yield case("order tree", tree_order, "order_tree", ordered)
 
     cu = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * shape.rows
     slots = torch.arange(batch, device=DEVICE)

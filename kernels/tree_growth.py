@@ -4,7 +4,7 @@
     next frontier = the ``width`` best candidates by (score descending, index ascending)
 
 A frontier of the best nodes is expanded level by level, then the best of all candidates are
-verified (`order_tree`, to be found here too); both know tokens, parents and scores only. A child's
+verified (`kernels/tree_order.py`); both know tokens, parents and scores only. A child's
 score never exceeds its parent's; NaN counts as -inf. The method is EAGLE-2's (arXiv 2406.16858,
 section 4.1).
 
@@ -22,25 +22,7 @@ import triton.language as tl
 
 from vllm_griffin.kernels.backend import use_triton
 from vllm_griffin.kernels.packed_bits import one_hot_bits
-from vllm_griffin.kernels.tree_order import (
-    OrderedTree,
-    count_better,
-    nan_to_minus_inf,
-    order_tree,
-    order_tree_reference,
-    order_tree_triton,
-)
-
-__all__ = [
-    "AdvancedFrontier",
-    "OrderedTree",
-    "advance_frontier",
-    "advance_frontier_reference",
-    "advance_frontier_triton",
-    "order_tree",
-    "order_tree_reference",
-    "order_tree_triton",
-]
+from vllm_griffin.kernels.tree_order import count_better, nan_to_minus_inf
 
 
 class AdvancedFrontier(NamedTuple):

@@ -140,8 +140,8 @@ MUTATIONS = (
     Mutation(
         "a new request inherits its slot's tree",
         "vllm_griffin/tree/slots.py",
-        "        self.num_nodes[slot] = 0\n        self.spine_only",
-        "        self.spine_only",
+        "        self.num_nodes[slot : slot + 1].fill_(0)\n",
+        "",
         REQUESTS + "test_reused_slots_do_not_inherit_trees",
     ),
     Mutation(
@@ -176,7 +176,7 @@ MUTATIONS = (
     Mutation(
         "a custom processor's request is verified on the tree",
         "vllm_griffin/runner/processors.py",
-        "            self.trees.spine_only[req_idx] = True",
+        "            self.trees.keep_to_spine(req_idx)",
         "            pass",
         EQUALITY + "test_custom_processors_say_who_stays_on_the_spine",
     ),

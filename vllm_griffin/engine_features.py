@@ -78,7 +78,7 @@ def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
         ),
         (
             "batch-sharded sampling",
-            bool(getattr(parallel, "enable_batch_sharded_sampling", False)),
+            bool(parallel.enable_batch_sharded_sampling),
             "leave enable_batch_sharded_sampling off",
         ),
         ("LoRA", vllm_config.lora_config is not None, "merge the adapter into the target"),
@@ -136,23 +136,23 @@ def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
             bool(model.is_hybrid or model.is_attention_free),
             "use a full-attention target",
         ),
-        ("M-RoPE", bool(getattr(model, "uses_mrope", False)), "use a target with 1-D positions"),
+        ("M-RoPE", bool(model.uses_mrope), "use a target with 1-D positions"),
         ("prompt embeddings", bool(model.enable_prompt_embeds), "leave enable_prompt_embeds off"),
         ("encoder-decoder targets", bool(model.is_encoder_decoder), "use a decoder-only target"),
         ("pooling", model.runner_type != "generate", "use runner='generate'"),
         (
             "sampling masks",
-            bool(getattr(model, "return_sampling_mask", False)),
+            bool(model.return_sampling_mask),
             "leave return_sampling_mask off",
         ),
         (
             "trace replay",
-            bool(getattr(model, "enable_trace_replay", False)),
+            bool(model.enable_trace_replay),
             "leave enable_trace_replay off",
         ),
         (
             "watermarking",
-            getattr(vllm_config, "watermark_config", None) is not None,
+            vllm_config.watermark_config is not None,
             "leave watermark_config out",
         ),
         (

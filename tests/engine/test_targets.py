@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from tests.engine import harness
 from tests.engine.harness import GOLDEN, Request, engine, random_prompt, run
 from tests.engine.oracle import oracle_trees
 from tests.engine.ties import assert_lossless, recorded_gaps
+from vllm_griffin.runner.speculator import TreeSpeculator
 
 SHAPE = {
     "hidden_size": 64,
@@ -100,3 +103,13 @@ def test_other_families_are_lossless(pair: str) -> None:
         griffin = run(llm, requests)
     assert_lossless(requests, plain, gaps, griffin)
     assert griffin.acceptance_length > 1.2
+
+
+def test_attention_that_knows_no_trees_is_refused() -> None:
+    """vLLM chooses backends in more modules than ours takes the place of."""
+    layers = {"layers.0.attn": SimpleNamespace(impl=object())}
+    compilation = SimpleNamespace(static_forward_context=layers)
+    own: Any = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=compilation))
+    said = r"does not support attention by SimpleNamespace \(layers\.0\.attn\)"
+    with pytest.raises(ValueError, match=said):
+        TreeSpeculator.load_draft_model(own, torch.nn.Module(), set(layers))

@@ -20,7 +20,8 @@ from vllm_griffin.kernels.tree_attention import (
     TreeContext,
     tree_attention_triton,
 )
-from vllm_griffin.kernels.tree_growth import advance_frontier_triton, order_tree_triton
+from vllm_griffin.kernels.tree_growth import advance_frontier_triton
+from vllm_griffin.kernels.tree_order import order_tree_triton
 from vllm_griffin.kernels.tree_tail import tree_tail_triton
 from vllm_griffin.kernels.verify import walk_tree_triton
 

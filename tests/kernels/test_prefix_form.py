@@ -178,4 +178,4 @@ def test_a_quantised_cache_is_refused_by_the_layer(layer):
     impl, _ = layer
     impl.kv_cache_dtype = "fp8"
     with pytest.raises(ValueError, match="does not support kv_cache_dtype='fp8'"):
-        impl._refuse_unsupported({})
+        impl._refuse_unsupported()

@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 from vllm_griffin.kernels.packed_bits import num_words, unpack_bits
 from vllm_griffin.kernels.tree_growth import (
     AdvancedFrontier,
-    OrderedTree,
     advance_frontier_reference,
     advance_frontier_triton,
-    order_tree_reference,
-    order_tree_triton,
 )
+from vllm_griffin.kernels.tree_order import OrderedTree, order_tree_reference, order_tree_triton
 from vllm_griffin.tree import TreeGrower, top_children
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -314,3 +314,8 @@ def test_the_command(tmp_path: Path) -> None:
     ):
         code, text = call(*arguments)
         assert code and message in text and "Traceback" not in text, text
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="a folder has no revision 'main': leave it out"):
+        convert(MODELS / "griffin", MODELS / "target", tmp_path / "out", revision="main")

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -177,3 +179,9 @@ def test_help_needs_neither_torch_nor_vllm():
     result = invoke("--help")
     assert result.exit_code == 0
     assert "Acceptance length is 1 + accepted / verify steps" in result.output
+
+
+def test_the_process_is_prepared_before_triton_comes() -> None:
+    """Its interpreter is chosen when Triton is imported."""
+    code = "import sys, vllm_griffin.evaluate.engine; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -42,9 +42,9 @@ class TreeAttentionMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._refuse_unsupported(kwargs)
+        self._refuse_unsupported()
 
-    def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
+    def _refuse_unsupported(self) -> None:
         if getattr(self, "attn_type", AttentionType.DECODER) != AttentionType.DECODER:
             raise ValueError("method 'griffin' supports decoder attention only")
         for name in ("alibi_slopes", "sinks", "logits_soft_cap"):
@@ -212,7 +212,7 @@ def _flash_backend() -> type[AttentionBackend]:
             layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
             for layer in layers:
                 # A draft's tree levels have their tail elsewhere: they always take our kernel.
-                if getattr(layer, "is_draft_layer", False):
+                if layer.is_draft_layer:
                     continue
                 impl: Any = layer.impl
                 impl.prefix_first = choose_form(

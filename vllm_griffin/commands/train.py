@@ -1,6 +1,5 @@
 """``vllm-griffin train``: train a draft on training data."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,9 +193,8 @@ def _load(
     settings: Any,
 ) -> tuple[Any, Any, Any]:
     """The network to train, what it takes from the target, and the documents with their states."""
-    import torch
-
     from vllm_griffin.data.documents import read_documents
+    from vllm_griffin.data.hidden import load_target
     from vllm_griffin.data.shards import OnlineStates, States, StoredStates
     from vllm_griffin.train.checkpoint import load_draft
     from vllm_griffin.train.setup import load_target_parts, new_draft
@@ -210,15 +208,7 @@ def _load(
     if not online:
         states = StoredStates(data_folder, shards)
     else:
-        from transformers import AutoModelForCausalLM
-
-        documents = read_documents(data_folder)
-        # Each process that `accelerate launch` starts has the target on its own GPU.
-        rank = os.environ.get("LOCAL_RANK", "0")
-        device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval().to(device)
-        states = OnlineStates(documents, model)
+        states = OnlineStates(read_documents(data_folder), load_target(target))
     _check_fit(data_folder, states, parts)
     return draft, parts, states
 

@@ -5,6 +5,7 @@
 """
 
 import errno
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -123,13 +124,19 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def load_target(target: str) -> Any:
-    """The target as a Hugging Face model: float32 on a CPU, as stored on a GPU."""
+def load_target(target: str | Path, dtype: torch.dtype | None = None) -> Any:
+    """The target as a Hugging Face model, on this process's GPU if there is one.
+
+    `dtype`: float32 on a CPU, as stored on a GPU, if None.
+    """
     from transformers import AutoModelForCausalLM
 
     on_gpu = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(target, dtype="auto" if on_gpu else torch.float32)
-    return model.eval().to("cuda" if on_gpu else "cpu")
+    wanted = dtype or ("auto" if on_gpu else torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=wanted)
+    # Each process that `accelerate launch` starts has a GPU of its own.
+    rank = os.environ.get("LOCAL_RANK", "0")
+    return model.eval().to(f"cuda:{rank}" if on_gpu else "cpu")
 
 
 @contextmanager

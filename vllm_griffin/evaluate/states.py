@@ -6,13 +6,13 @@ A file is named after the target and the output's tokens: a changed target or an
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vllm_griffin.data.hidden import load_target
 from vllm_griffin.evaluate.outputs import Output
 
 SAMPLE = 1 << 20  # bytes of a weight file's beginning and end that name it
@@ -58,15 +58,11 @@ class OutputStates:
         wanted = self.missing()
         if not wanted:
             return
-        from transformers import AutoModelForCausalLM
-
-        model: Any = AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32).eval()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.to(device)
+        model = load_target(self.target, torch.float32)
         self.folder.mkdir(parents=True, exist_ok=True)
         for number in wanted:
             output = self.outputs[number]
-            tokens = torch.tensor([output.text[:-1]], device=device)
+            tokens = torch.tensor([output.text[:-1]], device=model.device)
             hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
             file = self._file(output)
             scratch = file.with_suffix(".partial")

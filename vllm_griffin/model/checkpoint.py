@@ -203,6 +203,8 @@ def find_folder(
     """A local folder as it is, or a repository of the hub, downloaded; see `DraftCheckpoint.open`."""
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{path}: a folder has no revision {revision!r}: leave it out")
         return folder
     if folder.exists():
         raise CheckpointError(f"{path}: a model is a folder (or a hub id), this is a file")

@@ -37,7 +37,6 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_griffin.config import griffin_config
 from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint
-from vllm_griffin.model.config import DraftConfig
 from vllm_griffin.model.layers import DraftLayer, PlainFusion, TokenGuidedFusion
 from vllm_griffin.model.layout import expected_shapes
 from vllm_griffin.model.level import TreeLevel
@@ -74,14 +73,12 @@ class GriffinDraftModel(nn.Module):
         self,
         *,
         vllm_config: VllmConfig,
-        prefix: str = "",
         checkpoint: DraftCheckpoint | None = None,
     ) -> None:
         """Build the network, without weights.
 
         Args:
             vllm_config: The engine's; `speculative_config.draft_model_config` says which draft.
-            prefix: Of the names that the layers register under; they must differ from the target's.
             checkpoint: The draft's, opened here if None.
 
         Raises:
@@ -91,17 +88,16 @@ class GriffinDraftModel(nn.Module):
         super().__init__()
         checkpoint = checkpoint or open_draft(vllm_config)
         self.config, self.layout = checkpoint.config, checkpoint.layout
-        _check_engine(self.config, vllm_config)
-        prefix = prefix or PREFIX
+        self.config.check_ranks(get_tensor_model_parallel_world_size())
         self.embed_tokens: nn.Module | None = None
         if self.layout.own_embedding:
             self.embed_tokens = VocabParallelEmbedding(
-                self.config.vocab_size, self.config.hidden_size, prefix=f"{prefix}.embed_tokens"
+                self.config.vocab_size, self.config.hidden_size, prefix=f"{PREFIX}.embed_tokens"
             )
         self.fc = (
-            TokenGuidedFusion(self.config, f"{prefix}.fc")
+            TokenGuidedFusion(self.config, f"{PREFIX}.fc")
             if self.layout.fusion
-            else PlainFusion(self.config, self.layout.fc_bias, f"{prefix}.fc")
+            else PlainFusion(self.config, self.layout.fc_bias, f"{PREFIX}.fc")
         )
         # vLLM reads a layer's number off its name, and it must not be one of the target's.
         number = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
@@ -110,7 +106,7 @@ class GriffinDraftModel(nn.Module):
             self.layout,
             vllm_config.cache_config,
             vllm_config.model_config.max_model_len,
-            f"{prefix}.layers.{number}",
+            f"{PREFIX}.layers.{number}",
         )
         self.layers = nn.ModuleList([layer])
         self.num_kv_heads = layer.self_attn.num_kv_heads
@@ -200,23 +196,26 @@ class GriffinDraftModel(nn.Module):
             logger.info("griffin: the draft keeps its own embedding, the target's differs")
 
     def draft_from(self, tokens: list[int]) -> None:
-        """Give the draft an LM head of its own, the target's rows of `tokens`, the same at each call.
+        """Give the draft an LM head of its own, the target's rows of `tokens`."""
+        bias = getattr(self.lm_head, "bias", None)
+        self.reduced_head = ParallelLMHead(
+            len(tokens), self.config.hidden_size, bias=bias is not None
+        )
+        self.draft_tokens = torch.tensor(tokens)
+        self.refresh_head()
+
+    def refresh_head(self) -> None:
+        """Copy the rows of `draft_tokens` from the target's head, that `share_with_target` has given.
 
         The rows are read off the head's outputs, since it may keep its weight packed or quantised.
         Ranks have other parts of this head than of the target's, so all see all of its outputs.
         """
         source: Any = self.lm_head
-        assert source is not None, "share_with_target comes first"
-        dtype = next(self.layers.parameters()).dtype
-        ids = torch.tensor(tokens)
-        bias = getattr(source, "bias", None)
-        if self.reduced_head is None:
-            self.reduced_head = ParallelLMHead(
-                len(ids), self.config.hidden_size, bias=bias is not None
-            )
-            self.draft_tokens = ids
-        assert self.draft_tokens is not None and torch.equal(self.draft_tokens, ids)
         head: Any = self.reduced_head
+        ids = self.draft_tokens
+        assert source is not None and ids is not None, "share_with_target, draft_from come first"
+        bias = getattr(source, "bias", None)
+        dtype = next(self.layers.parameters()).dtype
         part = head.shard_indices
         own = ids[part.org_vocab_start_index : part.org_vocab_end_index]
         with torch.inference_mode():
@@ -288,20 +287,24 @@ def connect_draft(
     draft: GriffinDraftModel,
     target_model: nn.Module,
     vllm_config: VllmConfig,
-    vocabulary: list[int] | None,
+    vocabulary: list[int] | None = None,
 ) -> None:
     """Share the target's modules with the draft, and copy the head's rows of `vocabulary` if given.
 
-    To be repeated when the target's weights have changed, since a copy does not follow them.
+    To be repeated, without `vocabulary`, when the target's weights have changed, since a copy does not
+    follow them.
     """
     draft.share_with_target(target_model)
-    if vocabulary is None:
+    if vocabulary is None and draft.draft_tokens is None:
         return
     device = next(draft.layers.parameters()).device
     dtype = vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype)
     with set_default_torch_dtype(dtype), device, set_current_vllm_config(vllm_config):
-        draft.draft_from(vocabulary)
+        if vocabulary is None:
+            draft.refresh_head()
+        else:
+            draft.draft_from(vocabulary)
 
 
 def open_draft(vllm_config: VllmConfig) -> DraftCheckpoint:
@@ -318,8 +321,3 @@ def open_draft(vllm_config: VllmConfig) -> DraftCheckpoint:
 def _draft_model_config(vllm_config: VllmConfig) -> ModelConfig:
     assert vllm_config.speculative_config is not None
     return vllm_config.speculative_config.draft_model_config
-
-
-def _check_engine(config: DraftConfig, vllm_config: VllmConfig) -> None:
-    """Refuse what would fail later."""
-    config.check_ranks(get_tensor_model_parallel_world_size())

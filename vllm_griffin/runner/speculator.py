@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
+from vllm_griffin.attention.backends import TreeAttentionMixin
 from vllm_griffin.config import griffin_config
 from vllm_griffin.grammar import attach_trees
 from vllm_griffin.kernels.kv_compaction import PagedCaches, compact_kv
@@ -56,8 +57,8 @@ class TreeSpeculator(DraftModelSpeculator):
         self.verifier = VerifierSlot(self.trees, self.max_path, spec.synthetic_acceptance_rates)
         self._caches: list[tuple[list[str], PagedCaches]] = []
         self._cache_addresses: list[int] = []
-        self._reloaded_target: nn.Module | None = None
         self._target: Any = None
+        self._target_reloaded = False
         # By number of nodes
         self.growers = {t.nodes: TreeGrower(t.levels, t.width, device) for t in spec.trees}
         # Nodes of the trees that a step may be asked for
@@ -71,12 +72,23 @@ class TreeSpeculator(DraftModelSpeculator):
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> GriffinDraftModel:
-        """Loads the draft, and has the target ask for our model state."""
+        """Loads the draft, and has the target ask for our model state.
+
+        Raises:
+            ValueError: The target brings a model state of its own, or attention that knows no trees.
+        """
         if hasattr(target_model, "get_model_state_cls"):
             raise ValueError(
                 f"method 'griffin' does not support {type(target_model).__name__}: it brings a "
                 f"model state of its own"
             )
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name in sorted(target_attn_layer_names):
+            if not isinstance(layers[name].impl, TreeAttentionMixin):
+                raise ValueError(
+                    f"method 'griffin' does not support attention by {type(layers[name]).__name__} "
+                    f"({name})"
+                )
         self._target = target_model
         state = functools.partial(GriffinModelState, trees=self.trees, verifier=self.verifier)
         # Not an attribute of the module's own kind (tensor, submodule), so past its __setattr__.
@@ -84,22 +96,22 @@ class TreeSpeculator(DraftModelSpeculator):
         self.target_attn_layer_names = sorted(target_attn_layer_names)
         draft = load_draft_model(target_model, self.vllm_config)
         if draft.draft_tokens is not None:
-            self._watch_weights(target_model)
+            self._watch_weights()
         return draft
 
-    def _watch_weights(self, target_model: nn.Module) -> None:
+    def _watch_weights(self) -> None:
         """Has the draft's copy of head rows made anew once the target has loaded other weights.
 
         Not at once: vLLM may still have to process them. Weights that come in a kernel's format
         (``is_checkpoint_format=False``) pass this by; the old rows then draft, and only that.
         """
-        load_weights: Any = target_model.load_weights
+        load_weights: Any = self._target.load_weights
 
         def loading(*args: Any, **kwargs: Any) -> Any:
-            self._reloaded_target = target_model
+            self._target_reloaded = True
             return load_weights(*args, **kwargs)
 
-        target_model.__dict__["load_weights"] = loading
+        self._target.__dict__["load_weights"] = loading
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Plans graphs of the tree levels where the target's verification gets full graphs."""
@@ -169,11 +181,9 @@ class TreeSpeculator(DraftModelSpeculator):
             if is_profile:
                 self._profile_verification(last_hidden_states)
             return self._dummy_propose(num_reqs, input_batch.num_tokens)
-        if self._reloaded_target is not None:
-            assert self.model.draft_tokens is not None
-            tokens = self.model.draft_tokens.tolist()
-            connect_draft(self.model, self._reloaded_target, self.vllm_config, tokens)
-            self._reloaded_target = None
+        if self._target_reloaded:
+            connect_draft(self.model, self._target, self.vllm_config)
+            self._target_reloaded = False
         walk = self._step_walk(input_batch, num_sampled, last_sampled, next_prefill_tokens)
         if not self.drafting:
             return self.draft_tokens[:num_reqs]

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vllm_griffin.model.checkpoint import DraftCheckpoint
+from vllm_griffin.model.config import PAPER_TREE
 from vllm_griffin.model.vocabulary import VOCABULARY_FILE
 from vllm_griffin.train.network import Draft, DraftConfig, Fusion
-
-TREE = {"num_speculative_tokens": 59, "tree_depth": 6, "tree_top_k": 10}  # the paper's tree
 
 
 class _Scaled(nn.Module):
@@ -122,7 +121,7 @@ def draft_config_json(target: dict[str, Any], draft: DraftConfig, dtype: str) ->
         "eos_token_id": target.get("eos_token_id"),
         "tie_word_embeddings": False,
         "dtype": dtype,
-        "tree": TREE,
+        "tree": dict(PAPER_TREE),
     }
 
 
