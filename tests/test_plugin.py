@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_griffin.compat.patch import Patch, UnsupportedVllmError
+from vllm_griffin.compat.patch import Patch, UnsupportedVllmError, replace_attribute
 from vllm_griffin.compat.patches import CONFIG_PATCHES, ENGINE_PATCHES, RUNNER_PATCHES
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "a"
@@ -78,6 +78,17 @@ def test_a_moved_seam_gives_one_sentence_that_names_it() -> None:
     )
     with pytest.raises(UnsupportedVllmError, match=r"selector.get_mamba_attn_backend has changed"):
         moved.apply()
+
+
+def test_an_attribute_that_has_gone_gives_one_sentence_that_names_it() -> None:
+    class Runner:
+        number = 1
+
+    runner = Runner()
+    replace_attribute(runner, "number", 2)
+    assert runner.number == 2
+    with pytest.raises(UnsupportedVllmError, match=r"vLLM's Runner\.budget has gone; install"):
+        replace_attribute(runner, "budget", 3)
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0"])

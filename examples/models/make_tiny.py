@@ -79,7 +79,7 @@ def train_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
 
 
 def new_target(seed: int) -> LlamaForCausalLM:
-    """1.1M parameters; head counts divide by two, heads of 32 run in vLLM on a CPU."""
+    """1.05M parameters; head counts divide by two, heads of 32 run in vLLM on a CPU."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(

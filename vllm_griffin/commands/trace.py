@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vllm_griffin.commands.options import config_option
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 @click.command()
+@config_option
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--tokenizer",

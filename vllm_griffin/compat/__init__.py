@@ -1,4 +1,7 @@
-"""The seams to vLLM. ``patches.py`` lists each once; nothing else in this package replaces a name."""
+"""The seams to vLLM: ``patches.py`` lists each name that is replaced, once.
+
+Attributes of single objects go through ``patch.replace_attribute``.
+"""
 
 import sys
 

@@ -8,6 +8,8 @@ front end     the client's decoder -> TreeSchedulerStats -> `StatLoggerManager` 
 from collections.abc import Callable
 from typing import Any
 
+from vllm_griffin.compat.patch import replace_attribute
+
 
 def get_output(original: Callable[..., Any]) -> Callable[..., Any]:
     """``AsyncOutput.get_output``: takes the trees' columns off the sampled tokens."""
@@ -45,11 +47,12 @@ def update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
             self.griffin_path_ranks = getattr(model_runner_output, "path_ranks", {})
             if config.tree_budget is not None:
                 # vLLM's own number for drafts that were scheduled and not verified.
-                scheduler_output.num_invalid_spec_tokens = {
+                unverified = {
                     name: len(drafts) - self.griffin_path_ranks[name][0]
                     for name, drafts in scheduler_output.scheduled_spec_decode_tokens.items()
                     if name in self.griffin_path_ranks
                 }
+                replace_attribute(scheduler_output, "num_invalid_spec_tokens", unverified)
             if isinstance(self.dynamic_sd_lookup, TreeSizes):
                 self.dynamic_sd_lookup.observe(scheduler_output, model_runner_output)
         return original(self, scheduler_output, model_runner_output)
@@ -102,7 +105,7 @@ def init_client(original: Callable[..., Any]) -> Callable[..., Any]:
 
             from vllm_griffin.metrics.stats import TreeEngineCoreOutputs
 
-            self.decoder = MsgpackDecoder(TreeEngineCoreOutputs)
+            replace_attribute(self, "decoder", MsgpackDecoder(TreeEngineCoreOutputs))
 
     return init_client
 

@@ -14,6 +14,20 @@ class UnsupportedVllmError(RuntimeError):
     """The installed vLLM is not one that this plugin was written for."""
 
 
+def replace_attribute(owner: Any, name: str, value: Any) -> None:
+    """Gives an object of vLLM another attribute in the place of the one that vLLM reads.
+
+    Raises:
+        UnsupportedVllmError: there is none; a new one would be read by nobody.
+    """
+    if not hasattr(owner, name):
+        raise UnsupportedVllmError(
+            f"vllm-griffin: vLLM's {type(owner).__name__}.{name} has gone; install vllm 0.32 or a newer "
+            "vllm-griffin."
+        )
+    setattr(owner, name, value)
+
+
 @dataclass(frozen=True)
 class Patch:
     """One replaced name of vLLM.

@@ -1,4 +1,4 @@
-"""Every change that this plugin makes to vLLM, each with its reason and the day it can go.
+"""Every name of vLLM that is replaced (for a CPU: `cpu/patches.py`), why, and the day it can go.
 
 All of them ask first whether the engine at hand wants griffin, so that a plain engine in the same
 process runs vLLM's own code.
@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from vllm_griffin.compat import metrics
-from vllm_griffin.compat.patch import Patch
+from vllm_griffin.compat.patch import Patch, replace_attribute
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -125,12 +125,13 @@ def _initialize_kv_cache(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_griffin.runner.budget import NodeBudget
         from vllm_griffin.runner.sampler import max_chunk_rows
 
-        self.adaptive_verification = NodeBudget(
+        budget = NodeBudget(
             spec.tree_budget,
             self.speculator.trees,
             self.input_buffers.query_start_loc,
             max_chunk_rows(self.vocab_size),
         )
+        replace_attribute(self, "adaptive_verification", budget)
 
     return initialize_kv_cache
 

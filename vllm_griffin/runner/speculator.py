@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_griffin.attention.backends import TreeAttentionMixin
+from vllm_griffin.compat.patch import replace_attribute
 from vllm_griffin.config import griffin_config
 from vllm_griffin.grammar import attach_trees
 from vllm_griffin.kernels.kv_compaction import PagedCaches, compact_kv
@@ -281,7 +282,7 @@ class TreeSpeculator(DraftModelSpeculator):
         slots = slot_mappings[layer_name][extend.slot_rows]
         slots = slots.where(extend.slot_rows >= 0, PAD_SLOT_ID)
         longest = int(batch.seq_lens_cpu_upper_bound[:num_reqs].max())
-        self.draft_max_seq_len = min(longest, self.max_model_len)
+        replace_attribute(self, "draft_max_seq_len", min(longest, self.max_model_len))
         metadata = self._build_attn_metadata(
             num_reqs=num_reqs,
             batch_desc=BatchExecutionDescriptor(
