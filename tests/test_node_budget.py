@@ -1,5 +1,6 @@
 """How one budget of nodes is shared out: by hand, and step by step as vLLM's runner asks."""
 
+import inspect
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerificationManager
 
 from vllm_griffin.kernels.tree_order import order_tree_reference
 from vllm_griffin.runner.budget import NodeBudget
@@ -124,3 +126,15 @@ def test_a_step_as_the_runner_asks(name: str) -> None:
     assert starts[: 1 + len(slots)].diff().tolist() == expected
     if nodes[0] == nodes[-1] == 3:
         assert cu.tolist() == cu_np.tolist()
+
+
+def test_it_is_called_as_vllms_own_manager() -> None:
+    """A method that vLLM calls otherwise would be found by a step that shares nodes only."""
+    names = [name for name in vars(NodeBudget) if not name.startswith("_")]
+    assert names
+    for name in names:
+        own, theirs = (
+            inspect.signature(getattr(owner, name))
+            for owner in (NodeBudget, AdaptiveVerificationManager)
+        )
+        assert list(own.parameters) == list(theirs.parameters), name

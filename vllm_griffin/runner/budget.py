@@ -49,16 +49,17 @@ class NodeBudget:
     def compact_batch(
         self,
         # [B]
-        num_drafts: np.ndarray,
+        num_draft_tokens_per_req: np.ndarray,
         # [B]
-        num_scheduled: np.ndarray,
+        num_scheduled_tokens: np.ndarray,
         # [B + 1]
-        cu_num_logits: np.ndarray,
+        cu_num_logits_np: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rows of each request [B] and where its logits begin [B + 1], as the host counts them."""
-        self._drafts, self._others = num_drafts, num_scheduled - num_drafts
-        self._shares = np.minimum(num_drafts, self.nodes)
-        self._cu_num_logits = np.zeros_like(cu_num_logits)
+        self._drafts = num_draft_tokens_per_req
+        self._others = num_scheduled_tokens - num_draft_tokens_per_req
+        self._shares = np.minimum(self._drafts, self.nodes)
+        self._cu_num_logits = np.zeros_like(cu_num_logits_np)
         np.cumsum(1 + self._shares, out=self._cu_num_logits[1:])
         return self._others + self._shares, self._cu_num_logits
 
