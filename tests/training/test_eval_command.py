@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from click.testing import CliRunner
 
 from tests.engine.harness import GOLDEN, MODELS
 from vllm_griffin.cli import main
-from vllm_griffin.evaluate import engine
+from vllm_griffin.data.chat import load_tokenizer
+from vllm_griffin.evaluate import engine, run
 from vllm_griffin.evaluate.outputs import read_outputs
 from vllm_griffin.model.config import tree_acceptance
 from vllm_griffin.trace import TraceRecord
@@ -140,16 +142,27 @@ def test_what_a_user_gets_wrong(prompts, arguments, message):
     assert message in " ".join(result.output.split())
 
 
-def test_a_template_for_targets_without_one(prompts, tmp_path):
-    """The stored outputs are of the prompts that it makes; the tiny target has none, which is said."""
-    (tmp_path / "t.jinja").write_text("{{ messages[0]['content'] }} # answer")
-    common = ("--replay", tmp_path / "o.jsonl", "--temperature", 0, "--tree", "chain:3")
-    result = usual(prompts, *common, "--chat-template", tmp_path / "t.jinja")
-    assert result.exit_code == 0, result.output
-    assert "no chat template" not in result.output
-    result = usual(prompts, *common)
-    assert result.exit_code == 1 and "another prompt" in result.output
-    assert "note: the target has no chat template" in result.output
+def test_a_template_for_targets_without_one(prompts, tmp_path, monkeypatch, capsys):
+    """The tiny target has none, which is said."""
+    file = tmp_path / "t.jinja"
+    file.write_text("{{ messages[0]['content'] }} # answer")
+    asked = []
+
+    def evaluation(request):
+        asked.append(request)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(run, "Evaluation", evaluation)
+    assert "enough" in usual(prompts, "--chat-template", file).output
+    monkeypatch.undo()
+    (request,) = asked
+    tokenizer = load_tokenizer(str(TARGET))
+    found = [
+        run.Evaluation(r).prompts[0].tokens for r in (request, replace(request, chat_template=None))
+    ]
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
+    assert texts == ["def read(path):\n # answer", "def read(path):\n"]
+    assert capsys.readouterr().err.count("note: the target has no chat template") == 1
 
 
 def test_malformed_prompts(tmp_path):
