@@ -8,6 +8,7 @@ CUDA cannot capture are not tested by this.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -16,11 +17,13 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.config.compilation import CompilationConfig, CUDAGraphMode
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from tests.engine.harness import Request, engine, random_prompt, run
 from vllm_griffin.cost import StepTimer
 from vllm_griffin.kernels.tree_attention import TreeContext
+from vllm_griffin.runner.extend import decode_rows
 
 # Trees by batch size, and the token counts that are captured. With one size of tree a batch of two
 # requests is padded to three.
@@ -123,6 +126,69 @@ def test_replays_give_what_eager_steps_give(case: str) -> None:
     targets = {name for name in log if name.startswith("ModelCudaGraphManager")}
     assert len(targets) >= 2
     assert len({name for name in log if name.startswith("TreeGraphs")}) >= 2
+    assert "ExtendGraphs 1" in log
+    # Larger batches have more rows than are captured with trees by batch size.
+    assert ("ExtendGraphs 3" in log) == (case == "one size")
+
+
+def test_a_shared_budget_replays_the_draft() -> None:
+    """Which rows a request had in such a step is known on the device only."""
+    log: list[str] = []
+    spec = {"num_speculative_tokens": 5, "tree_depth": 3, "tree_top_k": 2, "tree_budget": 3}
+    with (
+        replaying([1, 3, 12], log),
+        engine("tiny", spec, max_num_seqs=3, enable_prefix_caching=False) as llm,
+    ):
+        eager = run(llm, requests())
+        capture(llm)
+        replayed = run(llm, requests())
+    assert replayed.tokens == eager.tokens
+    assert replayed.steps == eager.steps
+    assert {"ExtendGraphs 1", "ExtendGraphs 3", "TreeGraphs 1", "TreeGraphs 3"} <= set(log)
+
+
+def test_the_captured_first_pass_is_the_eager_one() -> None:
+    """Outputs and cache, in every step of decodes; a batch with a prompt has no such rows."""
+    spec = {"num_speculative_tokens": 5, "tree_depth": 3, "tree_top_k": 2}
+    # With two nodes there are fewer rows than a path may have.
+    spec["num_speculative_tokens_per_batch_size"] = [[1, 1, 5], [2, 64, 2]]
+    accepted, prompts = [], []
+    with (
+        replaying([1, 3, 12], []),
+        engine("tiny", spec, max_num_seqs=3, enable_prefix_caching=False) as llm,
+        torch.inference_mode(),
+    ):
+        capture(llm)
+        speculator = runner_of(llm).speculator
+        graphs, speculator.extend_graphs = speculator.extend_graphs, None
+        first_pass, (name,) = speculator._first_pass, speculator.draft_attn_layer_names
+        layer = speculator.vllm_config.compilation_config.static_forward_context[name]
+
+        def both(batch, walk, num_sampled, slot_mappings, hidden_states):
+            start = first_pass(batch, walk, num_sampled, slot_mappings, hidden_states)
+            rows = decode_rows(batch, walk, num_sampled, slot_mappings[name], hidden_states)
+            if rows is None:
+                prompts.append(batch.num_reqs)
+                return start
+            cache = layer.kv_cache.clone()
+            found = replace(start, predict=start.predict * 0, regress=start.regress * 0)
+            found = replace(found, prefix_lens=start.prefix_lens * 0)
+            speculator._extend_decodes(rows, found)
+            for field in ("predict", "regress", "prefix_lens"):
+                torch.testing.assert_close(getattr(found, field), getattr(start, field))
+            torch.testing.assert_close(layer.kv_cache, cache)
+            accepted.extend(rows.accepted.tolist())
+            return start
+
+        speculator._first_pass = both
+        run(llm, requests())
+        assert len(prompts) == 3 and {1, 2, 3} <= set(accepted)
+        # Requests that fill up a graph write nothing, whoever was there before.
+        rows = graphs._rows.of(3)
+        rows = replace(rows, slots=torch.zeros_like(rows.slots), positions=rows.positions + 7)
+        graphs.replay(rows)
+        graphs.replay(rows.of(2))
+        assert (graphs._rows.slots[2] == PAD_SLOT_ID).all() and graphs._rows.positions[2] == 0
 
 
 def test_every_tree_that_may_be_chosen_has_a_graph() -> None:

@@ -56,6 +56,14 @@ class TreeRows:
         )
 
 
+@dataclass(frozen=True)
+class TreeMetadata:
+    """A layer's metadata where there are tree rows alone and no builder of vLLM's had a part."""
+
+    tree: TreeContext
+    only_tree: bool = True
+
+
 def attach_tree(attn_metadata: dict[str, Any], tree: TreeRows | None, alone: bool) -> None:
     """Hands the tree to every layer's metadata; layers of one group share theirs.
 

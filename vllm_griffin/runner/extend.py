@@ -1,13 +1,17 @@
 """The layout of the draft's extend pass: which rows, at which positions, fed by what.
 
-Shapes: B requests of the batch, R rows of the pass, P rows of the longest path.
+`plan_extend` lays out any batch. A batch of decodes can have the same rows in every step, P a request,
+which a captured graph needs: `decode_rows`.
+
+Shapes: B requests of the batch, R rows of the pass, P rows of the longest path, h hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_griffin.kernels.verify import Walk
@@ -37,6 +41,78 @@ class ExtendBatch:
     prefix_lens: torch.Tensor
     # [B] int32: the same, padding counted
     seq_lens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """Rows of the extend pass over a batch of decodes, P of each request.
+
+    Those beyond the accepted path are padding, as in `ExtendBatch`.
+    """
+
+    # [B, P] int64
+    tokens: torch.Tensor
+    # [B, P, h]: of the target, at the token before
+    features: torch.Tensor
+    # [B] int64: position of the first row
+    positions: torch.Tensor
+    # [B, P] int64: cache slots, PAD_SLOT_ID for rows that the step did not have
+    slots: torch.Tensor
+    # [B] int64: rows of the accepted path
+    accepted: torch.Tensor
+
+    def of(self, num_reqs: int) -> "DecodeRows":
+        """The first requests."""
+        return DecodeRows(*(getattr(self, field.name)[:num_reqs] for field in fields(self)))
+
+    def copy_(self, other: "DecodeRows") -> None:
+        """Takes another's values."""
+        for field in fields(self):
+            getattr(self, field.name).copy_(getattr(other, field.name))
+
+    @classmethod
+    def padding(
+        cls, num_reqs: int, max_path: int, hidden: int, dtype: torch.dtype, device: torch.device
+    ) -> "DecodeRows":
+        """Rows of requests without text, which write nothing."""
+        shape = (num_reqs, max_path)
+        return cls(
+            tokens=torch.zeros(shape, dtype=torch.int64, device=device),
+            features=torch.zeros(*shape, hidden, dtype=dtype, device=device),
+            positions=torch.zeros(num_reqs, dtype=torch.int64, device=device),
+            slots=torch.full(shape, PAD_SLOT_ID, dtype=torch.int64, device=device),
+            accepted=torch.ones(num_reqs, dtype=torch.int64, device=device),
+        )
+
+
+def decode_rows(
+    batch: InputBatch,
+    walk: Walk,
+    # [B]
+    num_sampled: torch.Tensor,
+    # [num_tokens]: of the draft's cache
+    slot_mapping: torch.Tensor,
+    # [num_tokens, h]
+    hidden_states: torch.Tensor,
+) -> DecodeRows | None:
+    """Rows of a batch in which every row has logits; None for others, which the host can tell."""
+    num_logits_np = np.ones(batch.num_reqs, dtype=np.int32)
+    if batch.num_draft_tokens_per_req is not None:
+        num_logits_np += batch.num_draft_tokens_per_req
+    if (batch.num_scheduled_tokens != num_logits_np).any():
+        return None
+    starts = batch.query_start_loc[: batch.num_reqs + 1].long()
+    num_rows = starts[1:] - starts[:-1]
+    local = torch.arange(walk.path.shape[1], device=starts.device)
+    row = (starts[:-1, None] + local).clamp(max=len(hidden_states) - 1)
+    root = starts[:-1, None]
+    return DecodeRows(
+        tokens=walk.tokens,
+        features=hidden_states[(root + walk.path).clamp(max=len(hidden_states) - 1)],
+        positions=batch.seq_lens[: batch.num_reqs].long() - num_rows,
+        slots=slot_mapping[row].where(local < num_rows[:, None], PAD_SLOT_ID),
+        accepted=num_sampled.long().clamp(min=1),
+    )
 
 
 def plan_extend(

@@ -1,6 +1,6 @@
-"""CUDA graphs of the draft: all levels of a batch's trees are one replay.
+"""CUDA graphs of the draft: its first pass is one replay, all levels of a batch's trees are another.
 
-The target's verification is captured by vLLM; this is the like for growing trees, on vLLM's own
+The target's verification is captured by vLLM; this is the like for drafting, on vLLM's own
 manager of graphs (memory pool, warm-up, tensor parallel capture, memory estimate at start-up).
 """
 
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
 from vllm_griffin.kernels.tree_order import OrderedTree
+from vllm_griffin.runner.extend import DecodeRows
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,67 @@ class TreeStart:
             self.block_table[:num_reqs],
             None if self.spine_first is None else self.spine_first[:num_reqs],
         )
+
+
+class ExtendGraphs(CudaGraphManager):
+    """The draft's first pass over a batch of decodes, captured for each of vLLM's batch sizes."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        extend: Callable[[DecodeRows, TreeStart], None],
+        rows: DecodeRows,
+        start: TreeStart,
+    ) -> None:
+        """Plans the graphs.
+
+        Args:
+            extend: Captured; from rows to what trees grow from.
+            rows: As many requests as the engine serves; read by the graphs at their addresses, and
+                written before each replay.
+            start: Written by the graphs; read by `TreeGraphs`.
+        """
+        mode = CUDAGraphMode.FULL_DECODE_ONLY
+        super().__init__(vllm_config, device, mode, decode_query_len=1)
+        self._extend = extend
+        self._rows, self._start = rows, start
+        most = self.compilation_config.max_cudagraph_capture_size
+        per_request = rows.tokens.shape[1]
+        self._capture_descs = {
+            mode: [desc for desc in descs if desc.num_tokens * per_request <= most]
+            for mode, descs in self._capture_descs.items()
+        }
+
+    def capture_pass(self) -> None:
+        """Captures what was planned, with rows that are padding."""
+
+        def extending(
+            desc: BatchExecutionDescriptor, warmup: bool
+        ) -> Callable[[CUDAGraphMode], None]:
+            assert desc.num_reqs is not None
+            rows, start = self._rows.of(desc.num_reqs), self._start.of(desc.num_reqs)
+
+            def forward(_mode: CUDAGraphMode) -> None:
+                self._extend(rows, start)
+
+            return forward
+
+        self.capture(extending, "Capturing CUDA graphs of the draft's first pass")
+
+    def replay(self, rows: DecodeRows) -> TreeStart | None:
+        """What trees grow from, overwritten by the next replay; None if no graph is as large."""
+        num_reqs = len(rows.tokens)
+        desc = self.dispatch(num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0)
+        if desc not in self.graphs:
+            return None
+        assert desc.num_reqs is not None
+        self._rows.of(num_reqs).copy_(rows)
+        # The graph's other requests write nothing and have no text.
+        self._rows.slots[num_reqs : desc.num_reqs].fill_(PAD_SLOT_ID)
+        self._rows.positions[num_reqs : desc.num_reqs].zero_()
+        self.run_fullgraph(desc)
+        return self._start.of(num_reqs)
 
 
 class TreeGraphs(CudaGraphManager):
@@ -112,9 +175,11 @@ class TreeGraphs(CudaGraphManager):
             return None
         assert desc.num_reqs is not None
         into = self._buffers.of(num_reqs)
-        into.predict.copy_(start.predict)
-        into.regress.copy_(start.regress)
-        into.prefix_lens.copy_(start.prefix_lens)
+        # The graph of the first pass has written there itself.
+        if start.predict.data_ptr() != into.predict.data_ptr():
+            into.predict.copy_(start.predict)
+            into.regress.copy_(start.regress)
+            into.prefix_lens.copy_(start.prefix_lens)
         if into.spine_first is not None and start.spine_first is not None:
             into.spine_first.copy_(start.spine_first)
         # The graph's other requests have no text, whatever their rows of the block table hold.

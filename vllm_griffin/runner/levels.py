@@ -1,12 +1,14 @@
-"""Where the rows of a draft tree's levels are, the same in every step of a batch size.
+"""Where the rows of a captured first pass and of a tree's levels are: for each batch size the same.
 
-Shapes: B requests of the batch, K nodes of a level, L expanded levels.
+Shapes: B requests of the batch, P rows of a path, K nodes of a level, L expanded levels.
 """
 
 import functools
 from dataclasses import dataclass
 
 import torch
+
+from vllm_griffin.kernels.packed_bits import num_words, one_hot_bits
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,28 @@ def level_rows(batch: int, top_k: int, scratch_size: int, device: torch.device) 
         num_rows=torch.full((batch,), top_k, dtype=torch.int32, device=device),
         tail_start=tail_start,
         write_rows=places.view(batch, -1, top_k).transpose(0, 1).flatten(1),
+    )
+
+
+@dataclass(frozen=True)
+class ChainRows:
+    """Rows of the first pass, P of each request, each of which sees those before it."""
+
+    # [B] int32: first row of a request, and its number of rows, P
+    q_start: torch.Tensor
+    num_rows: torch.Tensor
+    # [B, P, W] int64: bit j of row i = j <= i; W words of 64 bits
+    bits: torch.Tensor
+
+
+@functools.cache
+def chain_rows(batch: int, max_path: int, device: torch.device) -> ChainRows:
+    """The layout of one batch size, made once."""
+    own = one_hot_bits(torch.arange(max_path, device=device), num_words(max_path))
+    return ChainRows(
+        q_start=(torch.arange(batch, device=device) * max_path).to(torch.int32),
+        num_rows=torch.full((batch,), max_path, dtype=torch.int32, device=device),
+        bits=own.cumsum(0).repeat(batch, 1, 1),
     )
 
 

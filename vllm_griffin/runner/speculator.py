@@ -4,6 +4,7 @@ Shapes: B requests of the batch, h hidden size, N nodes, K top_k, D levels.
 """
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_griffin.attention.backends import TreeAttentionMixin
+from vllm_griffin.attention.metadata import TreeMetadata
 from vllm_griffin.compat.patch import replace_attribute
 from vllm_griffin.config import griffin_config
 from vllm_griffin.grammar import attach_trees
@@ -29,9 +31,9 @@ from vllm_griffin.kernels.tree_order import OrderedTree
 from vllm_griffin.kernels.verify import Walk
 from vllm_griffin.model.draft import GriffinDraftModel, connect_draft, load_draft_model
 from vllm_griffin.model.level import TreeLevel
-from vllm_griffin.runner.extend import ExtendBatch, plan_extend
-from vllm_griffin.runner.graphs import TreeGraphs, TreeStart
-from vllm_griffin.runner.levels import level_positions, level_rows
+from vllm_griffin.runner.extend import DecodeRows, ExtendBatch, decode_rows, plan_extend
+from vllm_griffin.runner.graphs import ExtendGraphs, TreeGraphs, TreeStart
+from vllm_griffin.runner.levels import chain_rows, level_positions, level_rows
 from vllm_griffin.runner.model_state import (
     GriffinModelState,
     VerifierSlot,
@@ -65,6 +67,7 @@ class TreeSpeculator(DraftModelSpeculator):
         # Nodes of the trees that a step may be asked for
         self.sizes = spec.tree_sizes
         self.graphs: TreeGraphs | None = None
+        self.extend_graphs: ExtendGraphs | None = None
         # Turned off where no tree pays at all; the draft's cache is then not kept up either.
         self.drafting = True
         self.adaptive = spec.adaptive
@@ -115,8 +118,8 @@ class TreeSpeculator(DraftModelSpeculator):
         self._target.__dict__["load_weights"] = loading
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Plans graphs of the tree levels where the target's verification gets full graphs."""
-        self.graphs = None
+        """Plans graphs of the draft where the target's verification gets full graphs."""
+        self.graphs = self.extend_graphs = None
         if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
             return
         shape = (self.max_num_reqs, self.hidden_size)
@@ -138,10 +141,17 @@ class TreeSpeculator(DraftModelSpeculator):
             self._grow,
             buffers,
         )
+        rows = DecodeRows.padding(
+            self.max_num_reqs, self.max_path, self.hidden_size, dtype, self.device
+        )
+        self.extend_graphs = ExtendGraphs(
+            self.vllm_config, self.device, self._extend_decodes, rows, buffers
+        )
 
     def capture(self) -> None:
-        """Captures what was planned; the first draft pass, whose shape varies, runs eagerly."""
-        if self.graphs is not None:
+        """Captures what was planned; a first pass over prompts, whose shape varies, runs eagerly."""
+        if self.graphs is not None and self.extend_graphs is not None:
+            self.extend_graphs.capture_pass()
             self.graphs.capture_growth()
 
     @torch.inference_mode()
@@ -195,20 +205,12 @@ class TreeSpeculator(DraftModelSpeculator):
             if self.adaptive and not input_batch.has_prefill:
                 # The draft's cache keeps a hole here; `TreeSizes` counts it.
                 return self.draft_tokens[:num_reqs]
-        extend = plan_extend(input_batch, walk, num_sampled, self.max_path)
-        predict, regress = self._extend(input_batch, extend, slot_mappings, last_hidden_states)
+        start = self._first_pass(input_batch, walk, num_sampled, slot_mappings, last_hidden_states)
         if size == 0:
             return self.draft_tokens[:num_reqs]
         # One budget for all trees is shared out by score; a spine is for those who can use nothing else.
-        spine_first = self.trees.spine_only[input_batch.idx_mapping] if self.shares_nodes else None
-        rows = extend.last_rows
-        start = TreeStart(
-            predict=predict[rows],
-            regress=regress[rows],
-            prefix_lens=extend.prefix_lens,
-            block_table=self._block_table()[:num_reqs],
-            spine_first=spine_first,
-        )
+        if self.shares_nodes:
+            start = replace(start, spine_first=self.trees.spine_only[input_batch.idx_mapping])
         tree = None if self.graphs is None else self.graphs.replay(start, size)
         if tree is None:
             tree = self._grow(start, size)
@@ -264,6 +266,63 @@ class TreeSpeculator(DraftModelSpeculator):
                 if names:
                     self._caches.append((names, PagedCaches(*map(list, zip(*views, strict=True)))))
         return self._caches
+
+    def _first_pass(
+        self,
+        batch: InputBatch,
+        walk: Walk,
+        num_sampled: torch.Tensor,
+        slot_mappings: dict[str, torch.Tensor],
+        hidden_states: torch.Tensor,
+    ) -> TreeStart:
+        """Extends the draft's cache by what became text, in a graph if the batch has one."""
+        if self.extend_graphs is not None:
+            slots = slot_mappings[next(iter(self.draft_attn_layer_names))]
+            rows = decode_rows(batch, walk, num_sampled, slots, hidden_states)
+            start = None if rows is None else self.extend_graphs.replay(rows)
+            if start is not None:
+                return start
+        extend = plan_extend(batch, walk, num_sampled, self.max_path)
+        predict, regress = self._extend(batch, extend, slot_mappings, hidden_states)
+        return TreeStart(
+            predict=predict[extend.last_rows],
+            regress=regress[extend.last_rows],
+            prefix_lens=extend.prefix_lens,
+            block_table=self._block_table()[: batch.num_reqs],
+            spine_first=None,
+        )
+
+    def _extend_decodes(self, rows: DecodeRows, into: TreeStart) -> None:
+        """The first draft pass over decodes, in tensors and launches that are the same in every step.
+
+        Its rows are a chain behind each request's keys, attended as a tree's level is.
+        """
+        batch, max_path = rows.tokens.shape
+        chain = chain_rows(batch, max_path, self.device)
+        local = torch.arange(max_path, device=self.device)
+        positions = (rows.positions.unsqueeze(1) + local).clamp(max=self.max_model_len - 1)
+        context = TreeContext(
+            block_table=into.block_table,
+            prefix_lens=rows.positions.to(torch.int32),
+            q_start=chain.q_start,
+            num_rows=chain.num_rows,
+            tail_start=chain.q_start,
+            tail_bits=chain.bits,
+        )
+        (name,) = self.draft_attn_layer_names
+        with set_forward_context(
+            {name: TreeMetadata(context)},
+            self.vllm_config,
+            num_tokens=batch * max_path,
+            slot_mapping={name: rows.slots.flatten()},
+        ):
+            predict, regress = self.model(
+                rows.tokens.flatten(), positions.flatten(), rows.features.flatten(0, 1)
+            )
+        last = chain.q_start + rows.accepted - 1
+        into.predict.copy_(predict[last])
+        into.regress.copy_(regress[last])
+        into.prefix_lens.copy_(rows.positions + rows.accepted)
 
     def _extend(
         self,
