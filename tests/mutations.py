@@ -152,6 +152,13 @@ MUTATIONS = (
         "tests/training/test_against_engine.py::test_pass_n_is_draft_step_n_plus_1[tree]",
     ),
     Mutation(
+        "the captured first pass reads rows in their order instead of the accepted ones",
+        "vllm_griffin/runner/extend.py",
+        "hidden_states[(root + walk.path)",
+        "hidden_states[(root + local)",
+        "tests/engine/test_graphs.py::test_the_captured_first_pass_is_the_eager_one",
+    ),
+    Mutation(
         "noise is keyed by the row instead of the depth",
         "vllm_griffin/runner/sampler.py",
         "            batch.positions[indices],\n",
