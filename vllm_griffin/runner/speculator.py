@@ -340,7 +340,8 @@ class TreeSpeculator(DraftModelSpeculator):
         layer_name = next(iter(self.draft_attn_layer_names))
         slots = slot_mappings[layer_name][extend.slot_rows]
         slots = slots.where(extend.slot_rows >= 0, PAD_SLOT_ID)
-        longest = int(batch.seq_lens_cpu_upper_bound[:num_reqs].max())
+        # A host tensor, so nothing waits.
+        longest = int(batch.seq_lens_cpu_upper_bound[:num_reqs].numpy().max())
         replace_attribute(self, "draft_max_seq_len", min(longest, self.max_model_len))
         metadata = self._build_attn_metadata(
             num_reqs=num_reqs,
