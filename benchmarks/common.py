@@ -1,5 +1,6 @@
 """What the benchmarks of speed share: vLLM's runners, options, and where a result comes from."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,26 @@ def numbers(_context: click.Context, _parameter: click.Parameter, text: str) -> 
 def tree_fields(nodes: int, depth: int, top_k: int) -> dict[str, int]:
     """Of a speculative config."""
     return {"num_speculative_tokens": nodes, "tree_depth": depth, "tree_top_k": top_k}
+
+
+def plain_runners() -> tuple[str, ...]:
+    """vLLM's runners that are baselines: on a CPU both, elsewhere its newer one."""
+    return tuple(RUNNERS) if CPU in os.environ else ("V2",)
+
+
+def forced(acceptance: float) -> dict[str, Any]:
+    """Of a speculative config: drafts are accepted by chance, so many tokens a step on average."""
+    return {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": acceptance}
+
+
+def write_table(
+    output: Path, made: dict[str, Any], head: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """Print a table, and write it beside the JSON file `output` with where it comes from."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    lines.insert(1, "|" + "---|" * len(head))
+    output.with_suffix(".md").write_text("\n".join([*lines, *origin(made)]))
+    click.echo("\n".join(lines))
 
 
 def origin(made: dict[str, Any]) -> list[str]:

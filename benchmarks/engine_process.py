@@ -123,10 +123,8 @@ class DraftTimer:
         self._calls: list[tuple[Any, Any]] = []
         if speculator is None:
             return
-        propose, mark = (
-            speculator.propose,
-            self._event if torch.cuda.is_available() else time.perf_counter,
-        )
+        propose = speculator.propose
+        mark: Any = self._event if torch.cuda.is_available() else time.perf_counter
 
         def timed(*arguments: Any, **named: Any) -> Any:
             begin = mark()

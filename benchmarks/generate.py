@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common import CPU, RUNNERS, draw_engines, numbers, origin, tree_fields
+from common import (
+    CPU,
+    RUNNERS,
+    draw_engines,
+    forced,
+    numbers,
+    plain_runners,
+    tree_fields,
+    write_table,
+)
 from engine_process import Decoding, Engine
 from shapes import LlamaShape, write_pair
 
@@ -28,6 +37,8 @@ SHIPPED = ROOT / "examples" / "models" / "smollm2-griffin"
 PLAIN = {runner: f"no speculation, runner {runner}" for runner in RUNNERS}
 # A draft vocabulary as `train` writes it, for drafts without weights.
 DRAFT_VOCABULARY = 8192
+HEAD = ("engine", "batch", "tokens/s (lowest - highest)", "of the best without speculation",
+        "tokens a step", "ms a step")  # fmt: skip
 
 
 @contextmanager
@@ -35,7 +46,7 @@ def engines(
     target: str, specs: dict[str, dict[str, Any]], options: dict[str, Any], logs: Path
 ) -> Iterator[dict[str, Engine]]:
     """Engines by name: the two without speculation (on a CPU; elsewhere one), and one for each spec."""
-    plain = [(PLAIN[r], RUNNERS[r]) for r in (RUNNERS if CPU in os.environ else ("V2",))]
+    plain = [(PLAIN[r], RUNNERS[r]) for r in plain_runners()]
     with ExitStack() as stack:
         made = {}
         for name, environment in [*plain, *((name, RUNNERS["V2"]) for name in specs)]:
@@ -96,18 +107,13 @@ def report(
     from vllm_griffin import provenance
 
     provenance.write(output, {"provenance": made, "setting": setting, "rows": rows})
-    lines = [
-        "| engine | batch | tokens/s (lowest - highest) | of the best without speculation | tokens a step | "
-        "ms a step |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
-        lines.append(
-            f"| {row['engine']} | {row['batch']} | {row['tokens_per_second']:.1f} ({row['lowest']:.1f} - "
-            f"{row['highest']:.1f}) | {row['speedup']:.2f} | {row['tokens_per_step']:.2f} | "
-            f"{row['step_ms']:.1f} |"
-        )
-    output.with_suffix(".md").write_text("\n".join([*lines, *origin(made)]))
+        spread = f"({row['lowest']:.1f} - {row['highest']:.1f})"
+        cells = [row["engine"], str(row["batch"]), f"{row['tokens_per_second']:.1f} {spread}"]
+        cells += [f"{row['speedup']:.2f}", f"{row['tokens_per_step']:.2f}", f"{row['step_ms']:.1f}"]
+        lines.append(cells)
+    write_table(output, made, HEAD, lines)
     draw_engines(
         rows,
         ("batch", "requests in a batch"),
@@ -115,7 +121,6 @@ def report(
         output.with_suffix(".png"),
         level=1.0,
     )
-    click.echo("\n".join(lines[: 2 + len(rows)]))
 
 
 def griffin(draft: Path, tree: str, **fields: Any) -> dict[str, Any]:
@@ -208,12 +213,9 @@ def shape(
     config = LlamaShape(hidden, intermediate, layers, *heads, vocab).config(settings["dtype"])
     with tempfile.TemporaryDirectory() as folder:
         target, draft = write_pair(Path(folder), config, DRAFT_VOCABULARY)
-        forced = {
-            "rejection_sample_method": "synthetic",
-            "synthetic_acceptance_length": acceptance,
-        }
         specs = {
-            f"tree {tree}": griffin(draft, tree, **forced) for tree in trees or ("15,4,4", "7,4,3")
+            f"tree {tree}": griffin(draft, tree, **forced(acceptance))
+            for tree in trees or ("15,4,4", "7,4,3")
         }
         prompt = [7 + i % 1000 for i in range(context)]
         batches = {size: [[[i, *prompt[1:]] for i in range(size)]] for size in settings["batches"]}

@@ -10,7 +10,6 @@ are measured without speculation. Prints a table; writes JSON, Markdown and a pi
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import click
-from common import CPU, RUNNERS, draw_engines, origin, tree_fields
+from common import RUNNERS, draw_engines, plain_runners, tree_fields, write_table
 
 from tests.load.server import launch
 
@@ -120,7 +119,7 @@ def bench(url: str, target: str, rate: str, arguments: Sequence[str], log: Path)
     "baselines",
     multiple=True,
     type=click.Choice(list(RUNNERS)),
-    default=list(RUNNERS) if CPU in os.environ else ["V2"],
+    default=plain_runners(),
     show_default=True,
     help="vLLM's runner without speculation; repeatable.",
 )
@@ -166,25 +165,19 @@ def report(rows: list[dict[str, Any]], made: dict[str, Any], output: Path) -> No
     from vllm_griffin import provenance
 
     provenance.write(output, {"provenance": made, "rows": rows})
-    lines = [
-        "| engine | requests/s | completed | failed | " + " | ".join(FIGURES.values()) + " |",
-        "|" + "---|" * (4 + len(FIGURES)),
-    ]
+    lines = []
     for row in rows:
         figures = [f"{row[name]:.2f}" if name in row else "-" for name in FIGURES]
-        counts = f"{row['completed']} | {row['failed']}"
-        lines.append(
-            f"| {row['engine']} | {row['rate']} | {counts} | " + " | ".join(figures) + " |"
-        )
-    lines += origin(made)
-    output.with_suffix(".md").write_text("\n".join(lines))
+        counts = [str(row["completed"]), str(row["failed"])]
+        lines.append([row["engine"], str(row["rate"]), *counts, *figures])
+    head = ["engine", "requests/s", "completed", "failed", *FIGURES.values()]
+    write_table(output, made, head, lines)
     draw_engines(
         rows,
         ("output_throughput", "output tokens/s"),
         ("median_tpot_ms", "median time per output token, ms"),
         output.with_suffix(".png"),
     )
-    click.echo("\n".join(lines[: 2 + len(rows)]))
 
 
 if __name__ == "__main__":

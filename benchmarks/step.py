@@ -10,7 +10,6 @@ run one after the other, each with the whole device and, on a GPU, with CUDA gra
 its engines take turns. Prints a table; writes JSON, Markdown and a picture.
 """
 
-import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -19,12 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common import CPU, RUNNERS, draw_engines, numbers, origin, tree_fields
+from common import (
+    RUNNERS,
+    draw_engines,
+    forced,
+    numbers,
+    plain_runners,
+    tree_fields,
+    write_table,
+)
 from engine_process import Decoding, Engine
 from shapes import NAMED, write_pair
 
 PREFILL_TOKENS = 8192  # of a step
 TOKENS_PER_STEP = 8  # of a request, at most, on average
+HEAD = ("engine", "context", "batch", "ms a step (lowest - highest)", "of which drafting",
+        "the rest, over plain", "drafting, over plain", "acceptance, forced", "speed-up")  # fmt: skip
 
 
 def specs(
@@ -39,11 +48,6 @@ def specs(
         fields = tree_fields(*(int(part) for part in tree.split(","))) | forced(acceptance)
         found[f"tree {tree}"] = {"method": "griffin", "model": str(draft)} | fields
     return found
-
-
-def forced(acceptance: float) -> dict[str, Any]:
-    """Of a speculative config: drafts are accepted by chance, so many tokens a step on average."""
-    return {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": acceptance}
 
 
 def grown(batch: int, context: int, steps: int) -> int:
@@ -101,19 +105,15 @@ def report(
     from vllm_griffin import provenance
 
     provenance.write(output, {"provenance": made, "setting": setting, "rows": rows})
-    lines = [
-        "| engine | context | batch | ms a step (lowest - highest) | of which drafting | "
-        "the rest, over plain | drafting, over plain | acceptance, forced | speed-up |",
-        "|" + "---|" * 9,
-    ]
+    lines = []
     for row in rows:
         ratios = [row["verify"], row["draft"], row["acceptance"], row["speedup"]]
         spread = f"({row['lowest']:.2f} - {row['highest']:.2f})"
         cells = [row["engine"], str(row["context"]), str(row["batch"])]
         cells.append(f"{row['step_ms']:.2f} {spread}")
         cells += ["-" if x is None else f"{x:.2f}" for x in (row["draft_ms"], *ratios)]
-        lines.append("| " + " | ".join(cells) + " |")
-    output.with_suffix(".md").write_text("\n".join([*lines, *origin(made)]))
+        lines.append(cells)
+    write_table(output, made, HEAD, lines)
     drawn = [
         row | {"engine": f"{row['engine']}, context {row['context']}"}
         for row in rows
@@ -126,7 +126,6 @@ def report(
         output.with_suffix(".png"),
         level=1.0,
     )
-    click.echo("\n".join(lines))
 
 
 @click.command()
@@ -195,7 +194,7 @@ def main(
             "max_num_batched_tokens": PREFILL_TOKENS,
             "enable_prefix_caching": False,
         }
-        plain = {f"plain, runner {r}": r for r in (RUNNERS if CPU in os.environ else ("V2",))}
+        plain = {f"plain, runner {r}": r for r in plain_runners()}
         speculative = specs(draft, chain, chain_acceptance, trees, acceptance)
         for number, name in enumerate([*plain, *speculative]):
             click.echo(f"starting: {name}", err=True)

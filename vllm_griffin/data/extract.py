@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from vllm_griffin.data.documents import Document
 from vllm_griffin.data.engine import complete, engine
 from vllm_griffin.data.hidden import Source
-from vllm_griffin.model.checkpoint import find_folder, find_weights, list_tensors
-from vllm_griffin.model.files import read_tensors
+from vllm_griffin.model.checkpoint import find_folder, read_weight
 
 NORM = "model.norm.weight"
 
@@ -108,10 +107,8 @@ def final_norm(target: str) -> tuple[nn.Module, int]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     norm: nn.Module = model.base_model.norm.to_empty(device="cpu")
-    source = find_weights(find_folder(target))
-    tensors = list_tensors(source) if source else {}
-    if NORM not in tensors:
+    weight = read_weight(find_folder(target), NORM)
+    if weight is None:
         raise click.ClickException(f"{target} has no {NORM} in its weights")
-    ((_, weight),) = read_tensors(tensors[NORM].file, [NORM])
     norm.load_state_dict({"weight": weight})
     return norm.eval(), config.num_hidden_layers

@@ -272,6 +272,20 @@ def list_tensors(source: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def read_weight(folder: Path, key: str) -> Tensor | None:
+    """One tensor of a model's folder, in its file's dtype; None if the folder's weights have none.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or malformed.
+    """
+    weights = find_weights(folder)
+    info = list_tensors(weights).get(key) if weights else None
+    if info is None:
+        return None
+    ((_, tensor),) = read_tensors(info.file, [key])
+    return tensor
+
+
 def _shard_file(source: Path, shard: str) -> Path:
     file = source.parent / shard
     if not os.path.isfile(file):

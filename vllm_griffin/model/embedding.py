@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_griffin.model.checkpoint import CheckpointError, find_weights, list_tensors
-from vllm_griffin.model.files import read_tensors
+from vllm_griffin.model.checkpoint import CheckpointError, find_weights, read_weight
 from vllm_griffin.model.layout import EMBEDDING
 
 # As the Llama family names it.
@@ -80,8 +79,7 @@ def _target_embedding(folder: Path) -> Tensor:
     weights = find_weights(folder)
     if weights is None:
         raise CheckpointError(f"{folder}: no weights, whose `{TARGET_EMBEDDING}` is needed")
-    info = list_tensors(weights).get(TARGET_EMBEDDING)
-    if info is None:
+    embedding = read_weight(folder, TARGET_EMBEDDING)
+    if embedding is None:
         raise CheckpointError(f"{weights}: missing key `{TARGET_EMBEDDING}` of the target")
-    (found,) = read_tensors(info.file, [TARGET_EMBEDDING])
-    return found[1]
+    return embedding

@@ -96,23 +96,29 @@ def decode_rows(
     hidden_states: torch.Tensor,
 ) -> DecodeRows | None:
     """Rows of a batch in which every row has logits; None for others, which the host can tell."""
-    num_logits_np = np.ones(batch.num_reqs, dtype=np.int32)
-    if batch.num_draft_tokens_per_req is not None:
-        num_logits_np += batch.num_draft_tokens_per_req
-    if (batch.num_scheduled_tokens != num_logits_np).any():
+    if (batch.num_scheduled_tokens != _host_logits_rows(batch)).any():
         return None
     starts = batch.query_start_loc[: batch.num_reqs + 1].long()
-    num_rows = starts[1:] - starts[:-1]
+    root, num_rows = starts[:-1, None], starts.diff()
     local = torch.arange(walk.path.shape[1], device=starts.device)
-    row = (starts[:-1, None] + local).clamp(max=len(hidden_states) - 1)
-    root = starts[:-1, None]
+    last = len(hidden_states) - 1
     return DecodeRows(
         tokens=walk.tokens,
-        features=hidden_states[(root + walk.path).clamp(max=len(hidden_states) - 1)],
+        features=hidden_states[(root + walk.path).clamp(max=last)],
         positions=batch.seq_lens[: batch.num_reqs].long() - num_rows,
-        slots=slot_mapping[row].where(local < num_rows[:, None], PAD_SLOT_ID),
+        slots=slot_mapping[(root + local).clamp(max=last)].where(
+            local < num_rows[:, None], PAD_SLOT_ID
+        ),
         accepted=num_sampled.long().clamp(min=1),
     )
+
+
+def _host_logits_rows(batch: InputBatch) -> np.ndarray:
+    """[B] int32: rows with logits of each request that the host has scheduled."""
+    rows = np.ones(batch.num_reqs, dtype=np.int32)
+    if batch.num_draft_tokens_per_req is not None:
+        rows += batch.num_draft_tokens_per_req
+    return rows
 
 
 def plan_extend(
@@ -124,9 +130,7 @@ def plan_extend(
 ) -> ExtendBatch:
     """Lays out the pass; its shape follows from what was scheduled, which the host knows."""
     device = batch.input_ids.device
-    num_logits_np = np.ones(batch.num_reqs, dtype=np.int32)
-    if batch.num_draft_tokens_per_req is not None:
-        num_logits_np += batch.num_draft_tokens_per_req
+    num_logits_np = _host_logits_rows(batch)
     prompt_np = batch.num_scheduled_tokens - num_logits_np
     counts_np = prompt_np + np.minimum(num_logits_np, max_path)
     starts_np = np.concatenate([[0], np.cumsum(counts_np)]).astype(np.int32)

@@ -98,12 +98,17 @@ class ExtendGraphs(CudaGraphManager):
 
         self.capture(extending, "Capturing CUDA graphs of the draft's first pass")
 
-    def replay(self, rows: DecodeRows) -> TreeStart | None:
-        """What trees grow from, overwritten by the next replay; None if no graph is as large."""
+    def fits(self, num_reqs: int) -> bool:
+        """Whether there is a graph for so many requests."""
+        return self._desc(num_reqs) in self.graphs
+
+    def _desc(self, num_reqs: int) -> BatchExecutionDescriptor:
+        return self.dispatch(num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0)
+
+    def replay(self, rows: DecodeRows) -> TreeStart:
+        """What trees grow from, overwritten by the next replay; for requests that fit."""
         num_reqs = len(rows.tokens)
-        desc = self.dispatch(num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0)
-        if desc not in self.graphs:
-            return None
+        desc = self._desc(num_reqs)
         assert desc.num_reqs is not None
         self._rows.of(num_reqs).copy_(rows)
         # The graph's other requests write nothing and have no text.

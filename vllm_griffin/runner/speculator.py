@@ -276,12 +276,11 @@ class TreeSpeculator(DraftModelSpeculator):
         hidden_states: torch.Tensor,
     ) -> TreeStart:
         """Extends the draft's cache by what became text, in a graph if the batch has one."""
-        if self.extend_graphs is not None:
+        if self.extend_graphs is not None and self.extend_graphs.fits(batch.num_reqs):
             slots = slot_mappings[next(iter(self.draft_attn_layer_names))]
             rows = decode_rows(batch, walk, num_sampled, slots, hidden_states)
-            start = None if rows is None else self.extend_graphs.replay(rows)
-            if start is not None:
-                return start
+            if rows is not None:
+                return self.extend_graphs.replay(rows)
         extend = plan_extend(batch, walk, num_sampled, self.max_path)
         predict, regress = self._extend(batch, extend, slot_mappings, hidden_states)
         return TreeStart(
