@@ -24,11 +24,6 @@ def numbers(_context: click.Context, _parameter: click.Parameter, text: str) -> 
         raise click.BadParameter(f"{text!r} is not a list of integers") from None
 
 
-def tree_fields(nodes: int, depth: int, top_k: int) -> dict[str, int]:
-    """Of a speculative config."""
-    return {"num_speculative_tokens": nodes, "tree_depth": depth, "tree_top_k": top_k}
-
-
 def plain_runners() -> tuple[str, ...]:
     """vLLM's runners that are baselines: on a CPU both, elsewhere its newer one."""
     return tuple(RUNNERS) if CPU in os.environ else ("V2",)

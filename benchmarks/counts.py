@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import click
-from common import numbers, origin, tree_fields
+from common import origin
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "examples" / "models"
@@ -200,23 +200,20 @@ def table(counter: Counter) -> list[dict[str, Any]]:
 @click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--target", default=MODELS / "target", type=click.Path(exists=True, path_type=Path))
 @click.option("--draft", default=MODELS / "griffin", type=click.Path(exists=True, path_type=Path))
-@click.option(
-    "--tree", default="59,6,10", callback=numbers, show_default=True, help="nodes,depth,top_k"
-)
+@click.option("--tree", default="59,6,10", show_default=True, help="nodes,depth,top_k")
 @click.option("--requests", default=2, show_default=True)
 @click.option("--steps", default=6, show_default=True)
-def main(
-    output: Path, target: Path, draft: Path, tree: list[int], requests: int, steps: int
-) -> None:
+def main(output: Path, target: Path, draft: Path, tree: str, requests: int, steps: int) -> None:
     """Count a decode step's launches, bytes and waits, by part."""
     os.environ |= {"VLLM_GRIFFIN_CPU": "1", "VLLM_GRIFFIN_KERNELS": "triton"}
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
     from vllm_griffin import provenance
+    from vllm_griffin.tree_shape import TreeShape
+    from vllm_griffin.whole_file import write_json
 
     made = provenance.describe()
-    spec = tree_fields(*tree)
     llm = LLM(
         str(target),
         dtype="float32",
@@ -224,7 +221,7 @@ def main(
         skip_tokenizer_init=True,
         max_model_len=512,
         max_num_seqs=requests,
-        speculative_config=spec | {"method": "griffin", "model": str(draft)},
+        speculative_config=TreeShape.parse(tree).speculative_config(str(draft)),
     )
     params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True, detokenize=False)
     engine = llm.llm_engine
@@ -243,7 +240,7 @@ def main(
     rows = table(counter)
     setting = {"tree": tree, "requests": requests, "steps": steps, "target": target.name}
     record = {"provenance": made, "setting": setting, "rows": rows}
-    provenance.write(output, record | {"waits": dict(counter.places)})
+    write_json(output, record | {"waits": dict(counter.places)})
     lines = ["| part, per step | launches | MB | waits |", "|---|---|---|---|"]
     for row in rows:
         lines.append(

@@ -25,6 +25,7 @@ from tests.engine.compare import TOLERANCE
 from tests.engine.equality import ALONE, BATCHES, BENCHES, MIXED, Cell, Matrix, fill, how
 from vllm_griffin import provenance
 from vllm_griffin.markdown import code_block, table
+from vllm_griffin.whole_file import write_json
 
 NODES = (12, 59)
 
@@ -87,7 +88,7 @@ def main(output: Path, requests: int, single: int) -> None:
     record["rows"] = {
         row: {n: asdict(c) for n, c in counts.items()} for row, counts in matrix.items()
     }
-    provenance.write(output, record)
+    write_json(output, record)
     text = page(record, matrix, cells)
     output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -26,7 +26,6 @@ from common import (
     forced,
     numbers,
     plain_runners,
-    tree_fields,
     write_table,
 )
 from engine_process import Decoding, Engine
@@ -104,9 +103,9 @@ def report(
     rows: list[dict[str, Any]], made: dict[str, Any], setting: dict[str, Any], output: Path
 ) -> None:
     """JSON, a table and a picture, with where they come from."""
-    from vllm_griffin import provenance
+    from vllm_griffin.whole_file import write_json
 
-    provenance.write(output, {"provenance": made, "setting": setting, "rows": rows})
+    write_json(output, {"provenance": made, "setting": setting, "rows": rows})
     lines = []
     for row in rows:
         spread = f"({row['lowest']:.1f} - {row['highest']:.1f})"
@@ -124,11 +123,13 @@ def report(
 
 
 def griffin(draft: Path, tree: str, **fields: Any) -> dict[str, Any]:
-    """A speculative config; tree is `nodes,depth,top_k` or `auto`."""
-    spec = {"method": "griffin", "model": str(draft)} | fields
-    if tree == "auto":
-        return spec | {"num_speculative_tokens_per_batch_size": "auto"}
-    return spec | tree_fields(*(int(part) for part in tree.split(",")))
+    """A speculative config; tree is `auto`, or as `TreeShape` reads it."""
+    from vllm_griffin.tree_shape import TreeShape
+
+    if tree != "auto":
+        return TreeShape.parse(tree).speculative_config(str(draft)) | fields
+    sizes = {"num_speculative_tokens_per_batch_size": "auto"}
+    return {"method": "griffin", "model": str(draft)} | sizes | fields
 
 
 def common(command: Any) -> Any:

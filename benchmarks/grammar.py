@@ -33,6 +33,7 @@ from vllm.v1.structured_output.utils import choice_as_grammar
 from vllm_griffin import provenance
 from vllm_griffin.evaluate.prompts import encode
 from vllm_griffin.pretrained import smollm2_instruct
+from vllm_griffin.whole_file import write_json
 
 DRAFT = Path(__file__).parents[1] / "examples" / "models" / "smollm2-griffin"
 MAX_TOKENS = 32
@@ -338,7 +339,7 @@ def main(output: Path, seconds: float) -> None:
     judge = Judge(AutoTokenizer.from_pretrained(smollm2_instruct()), vocab_size=49152)
     plain = {i: o[0] for r in records if r["nodes"] == 0 for i, o in r["outputs"].items()}
     rows = [summary(records, nodes, judge, plain) for nodes in (12, 59, 0)]
-    provenance.write(output, {**described, "max_tokens": MAX_TOKENS, "batch": 8, "rows": rows})
+    write_json(output, {**described, "max_tokens": MAX_TOKENS, "batch": 8, "rows": rows})
     for row in rows:
         print(json.dumps({k: len(v) if isinstance(v, list) else v for k, v in row.items()}))
     partial.unlink()

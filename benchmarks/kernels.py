@@ -387,11 +387,11 @@ def measured(found: Case, shape: Shape, speed: float, repeats: int) -> dict[str,
 
 def report(rows: list[dict[str, Any]], speed: float, made: dict[str, Any], output: Path) -> None:
     """JSON, a table and a picture."""
-    from vllm_griffin import provenance
+    from vllm_griffin.whole_file import write_json
 
     runs = backend.describe(DEVICE)
     record = {"provenance": made, "runs": runs, "bytes_per_second": speed, "rows": rows}
-    provenance.write(output, record)
+    write_json(output, record)
     lines = [
         "| op | batch | context | ms | of the floor | of the reference | of the engine's chain | "
         "of the prefix form |",

@@ -38,6 +38,7 @@ from tests.load.traffic import Visit, chats, source_code, visits
 from vllm_griffin import provenance
 from vllm_griffin.markdown import code_block, table
 from vllm_griffin.pretrained import smollm2_instruct
+from vllm_griffin.whole_file import write_json
 
 SEED = 6
 LEAVING = 0.1
@@ -158,7 +159,7 @@ def main(output: Path, chosen: tuple[str, ...], requests: int) -> None:
         print(f"{name}: {json.dumps(record, indent=1)}", flush=True)
         parts[name] = record | {"origin": origin}
         parts = {n: parts[n] for n in PARTS if n in parts}
-        provenance.write(output, parts)
+        write_json(output, parts)
         output.with_suffix(".md").write_text(page(parts), encoding="utf-8")
     sys.exit(0 if all(parts[name]["ok"] for name in names) else 1)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import click
-from common import RUNNERS, draw_engines, plain_runners, tree_fields, write_table
+from common import RUNNERS, draw_engines, plain_runners, write_table
 
 from tests.load.server import launch
 
@@ -63,16 +63,17 @@ def engines(
     draft: str, trees: Sequence[str], eagle: str | None, baselines: Sequence[str]
 ) -> Iterator[Engine]:
     """Those of one run, baselines first."""
+    from vllm_griffin.tree_shape import TreeShape
+
     for runner in baselines:
         yield Engine(f"no speculation, runner {runner}", None, RUNNERS[runner])
-    shapes = {tree: tree_fields(*(int(part) for part in tree.split(","))) for tree in trees}
+    shapes = {tree: TreeShape.parse(tree) for tree in trees}
     if eagle is not None:
-        depth = max(fields["tree_depth"] for fields in shapes.values())
+        depth = max(shape.depth for shape in shapes.values())
         spec = {"method": "eagle", "model": eagle, "num_speculative_tokens": depth}
         yield Engine(f"vLLM's EAGLE, chain of {depth}", spec, RUNNERS["V2"])
-    for tree, fields in shapes.items():
-        spec = {"method": "griffin", "model": draft} | fields
-        yield Engine(f"tree {tree}", spec, RUNNERS["V2"])
+    for tree, shape in shapes.items():
+        yield Engine(f"tree {tree}", shape.speculative_config(draft), RUNNERS["V2"])
 
 
 def server_arguments(target: str, engine: Engine, options: str) -> list[str]:
@@ -162,9 +163,9 @@ def main(
 
 def report(rows: list[dict[str, Any]], made: dict[str, Any], output: Path) -> None:
     """JSON, a table and a picture, with where they come from."""
-    from vllm_griffin import provenance
+    from vllm_griffin.whole_file import write_json
 
-    provenance.write(output, {"provenance": made, "rows": rows})
+    write_json(output, {"provenance": made, "rows": rows})
     lines = []
     for row in rows:
         figures = [f"{row[name]:.2f}" if name in row else "-" for name in FIGURES]

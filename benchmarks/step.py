@@ -24,7 +24,6 @@ from common import (
     forced,
     numbers,
     plain_runners,
-    tree_fields,
     write_table,
 )
 from engine_process import Decoding, Engine
@@ -40,13 +39,15 @@ def specs(
     draft: Path, chain: int, chain_acceptance: float, trees: Sequence[str], acceptance: float
 ) -> dict[str, dict[str, Any]]:
     """Speculative configs by name."""
+    from vllm_griffin.tree_shape import TreeShape
+
     found: dict[str, dict[str, Any]] = {}
     if chain:
         fields = {"num_speculative_tokens": chain} | forced(chain_acceptance)
         found[f"vLLM's EAGLE, chain of {chain}"] = {"method": "eagle", "model": str(draft)} | fields
     for tree in trees:
-        fields = tree_fields(*(int(part) for part in tree.split(","))) | forced(acceptance)
-        found[f"tree {tree}"] = {"method": "griffin", "model": str(draft)} | fields
+        spec = TreeShape.parse(tree).speculative_config(str(draft))
+        found[f"tree {tree}"] = spec | forced(acceptance)
     return found
 
 
@@ -102,9 +103,9 @@ def report(
     rows: list[dict[str, Any]], made: dict[str, Any], setting: dict[str, Any], output: Path
 ) -> None:
     """JSON, a table and a picture, with where they come from."""
-    from vllm_griffin import provenance
+    from vllm_griffin.whole_file import write_json
 
-    provenance.write(output, {"provenance": made, "setting": setting, "rows": rows})
+    write_json(output, {"provenance": made, "setting": setting, "rows": rows})
     lines = []
     for row in rows:
         ratios = [row["verify"], row["draft"], row["acceptance"], row["speedup"]]

@@ -91,6 +91,7 @@ def main(
 ) -> None:
     """Slots per second and peak memory of a training step, with and without alignment mask."""
     from vllm_griffin import provenance
+    from vllm_griffin.whole_file import write_json
 
     if target is None:
         from vllm_griffin.pretrained import smollm2_instruct
@@ -117,7 +118,7 @@ def main(
     for row in rows:
         row["cost"] = round(row["seconds_per_slot"] / rows[0]["seconds_per_slot"], 3)
     record = {"provenance": made, "rows": rows}
-    provenance.write(output, record)
+    write_json(output, record)
     page = markdown(record)
     output.with_suffix(".md").write_text(page)
     click.echo(page)

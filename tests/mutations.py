@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 
 from vllm_griffin import provenance
+from vllm_griffin.whole_file import write_json
 
 ROOT = Path(__file__).parents[1]
 COPIED, LINKED = ("vllm_griffin", "kernels", "tests", "pyproject.toml"), ("examples", "benchmarks")
@@ -275,7 +276,7 @@ def main(output: Path, only: str) -> None:
             print(f"| {mutation.bug} | `{mutation.test}` | {verdict} |", flush=True)
             results.append(result)
     if not only:
-        provenance.write(output, record | {"mutations": results})
+        write_json(output, record | {"mutations": results})
     sys.exit(0 if all(r["caught"] for r in results) else 1)
 
 

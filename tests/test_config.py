@@ -17,9 +17,9 @@ from vllm_griffin.config import (
     REFUSED_FIELDS,
     GriffinSpeculativeConfig,
     griffin_config,
-    max_tree_nodes,
 )
 from vllm_griffin.engine_features import check_engine
+from vllm_griffin.tree_shape import max_tree_nodes
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "a"
 DRAFT = GOLDEN / "draft"

@@ -1,6 +1,5 @@
 """What is written beside results, and options from a file."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -40,15 +39,6 @@ def test_commit_and_versions() -> None:
         assert head.startswith(record["commit"].removesuffix("+"))
     assert {"python", "torch", "vllm", "vllm-griffin"} <= record["versions"].keys()
     assert record["hardware"]["cores"] >= 1
-
-
-def test_written_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "run.json"
-    provenance.write(path, {"a": 1})
-    assert json.loads(path.read_text()) == {"a": 1}
-    with pytest.raises(TypeError):
-        provenance.write(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
 
 
 @click.command()

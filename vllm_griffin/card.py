@@ -14,6 +14,7 @@ from vllm_griffin.model.config import PAPER_TREE, read_json
 from vllm_griffin.model.layout import EMBEDDING
 from vllm_griffin.model.speculators import HUB_ID, verifier_of
 from vllm_griffin.report import Row, read_run
+from vllm_griffin.whole_file import whole_file
 
 ROW_KEYS = (
     "draft",
@@ -69,9 +70,8 @@ def write_card(
         lines += _evaluation(evaluation, draft_folder)
     lines += _serving(target or "TARGET", name, serves_alone)
     text = HOME.sub("~", "\n".join(lines).rstrip() + "\n")
-    scratch = draft_folder / "README.partial"
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(draft_folder / "README.md")
+    with whole_file(draft_folder / "README.md") as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def _optional(file: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_
 from vllm_griffin.compat import install_engine_patches
 from vllm_griffin.config_errors import SCHEDULE, first_line, sentence, unknown_field
 from vllm_griffin.model.checkpoint import DraftCheckpoint
-from vllm_griffin.model.config import PAPER_TREE, max_tree_nodes, tree_acceptance
-from vllm_griffin.tree_shape import TreeShape
+from vllm_griffin.model.config import PAPER_TREE, tree_acceptance
+from vllm_griffin.tree_shape import TreeShape, max_tree_nodes
 
 logger = init_logger("vllm.griffin.config")
 

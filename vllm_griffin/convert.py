@@ -25,9 +25,11 @@ from torch import Tensor
 
 from vllm_griffin import provenance
 from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint, find_folder
-from vllm_griffin.model.config import PAPER_TREE, max_tree_nodes, read_json
+from vllm_griffin.model.config import PAPER_TREE, read_json
 from vllm_griffin.model.embedding import add_embedding, leave_out_embedding
 from vllm_griffin.model.speculators import verifier_name, wrap
+from vllm_griffin.tree_shape import TreeShape
+from vllm_griffin.whole_file import write_json
 
 Form = Literal["griffin", "published", "speculators"]
 # What training leaves beside a draft and stays true of the weights. The card is written anew, but keeps
@@ -50,7 +52,7 @@ class Conversion:
     folder: Path
     network: str
     embedding: str
-    tree: dict[str, int] | None
+    tree: TreeShape | None
 
 
 def convert(
@@ -59,7 +61,7 @@ def convert(
     output: Path,
     to: Form = "griffin",
     *,
-    tree: dict[str, int] | None = None,
+    tree: TreeShape | None = None,
     verifier: str | None = None,
     revision: str | None = None,
 ) -> Conversion:
@@ -90,11 +92,11 @@ def convert(
     tensors = dict(draft.weights())
     if to == "published":
         embedding = add_embedding(tensors, target_folder, draft.config.vocab_size)
-        config = _published_config(draft)
+        config, tree = _published_config(draft), None
     else:
         embedding = leave_out_embedding(tensors, target_folder)
+        tree = tree or _default_tree(draft)
         config = _griffin_config(draft, tree)
-    tree = config.get("tree")
     if to == "speculators":
         name = verifier_name(verifier if verifier is not None else target)
         config = wrap(config, name, target_config.get("architectures") or [])
@@ -122,19 +124,21 @@ def _size(config: Mapping[str, Any], name: str, folder: Path) -> int:
     return value
 
 
-def _griffin_config(draft: DraftCheckpoint, tree: dict[str, int] | None) -> dict[str, Any]:
+def _default_tree(draft: DraftCheckpoint) -> TreeShape:
+    try:
+        return TreeShape(*(PAPER_TREE | draft.tree_defaults()).values())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{draft.config.source}: {error}; choose another with --tree"
+        ) from error
+
+
+def _griffin_config(draft: DraftCheckpoint, tree: TreeShape) -> dict[str, Any]:
     layout = draft.layout
     eagle = not layout.fusion and not layout.two_heads
-    chosen = PAPER_TREE | (tree or draft.tree_defaults())
-    nodes, depth, top_k = chosen.values()
-    if nodes > max_tree_nodes(depth, top_k):
-        raise CheckpointError(
-            f"a tree of {nodes} nodes cannot be made: depth {depth} and top_k {top_k} allow "
-            f"{max_tree_nodes(depth, top_k)}; choose another"
-        )
     changes: dict[str, Any] = {
         "architectures": ["EagleLlamaForCausalLM" if eagle else "GriffinForCausalLM"],
-        "tree": chosen,
+        "tree": tree.fields,
     }
     return {"model_type": "llama"} | draft.raw_config | _bias_entry(draft) | changes
 
@@ -203,7 +207,7 @@ def _write(
         else:
             save_file(copies, made / "model.safetensors", metadata={"format": "pt"})
             (made / "model.safetensors").chmod(0o644)
-        provenance.write(made / "provenance.json", record)
+        write_json(made / "provenance.json", record)
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, made / name)

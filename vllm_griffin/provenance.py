@@ -1,7 +1,6 @@
 """Where a result comes from: command, versions, seed, commit and hardware, written beside it."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -35,14 +34,6 @@ def describe(seed: int | None = None) -> dict[str, Any]:
             "gpu": _gpu(),
         },
     }
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Write `record` as JSON; the file is replaced as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(path)
 
 
 def _program(file: Path) -> list[str]:

@@ -4,6 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def max_tree_nodes(depth: int, top_k: int) -> int:
+    """Nodes that ``depth`` levels with a frontier of ``top_k`` can make, the root not counted."""
+    return top_k + (depth - 1) * top_k**2
+
+
 @dataclass(frozen=True)
 class TreeShape:
     """A tree of `nodes` verified nodes in at most `depth` levels, `top_k` children each; 1 is a chain."""
@@ -28,8 +33,8 @@ class TreeShape:
 
     @property
     def pool(self) -> int:
-        """Candidates that are grown, K + (D - 1) K^2; the best `nodes` of them are verified."""
-        return self.top_k + (self.depth - 1) * self.top_k**2
+        """Candidates that are grown; the best `nodes` of them are verified."""
+        return max_tree_nodes(self.depth, self.top_k)
 
     @property
     def levels(self) -> int:
@@ -66,13 +71,16 @@ class TreeShape:
             ) from error
         return cls(nodes, depth, top_k)
 
-    def speculative_config(self, draft: str, draft_vocab_size: int | None = None) -> dict[str, Any]:
-        """vLLM's `speculative_config` for this tree and the folder or hub id `draft`."""
-        limit = {} if draft_vocab_size is None else {"draft_vocab_size": draft_vocab_size}
-        return limit | {
-            "method": "griffin",
-            "model": draft,
+    @property
+    def fields(self) -> dict[str, int]:
+        """The three numbers by their names in a draft's `tree` and in vLLM's `speculative_config`."""
+        return {
             "num_speculative_tokens": self.nodes,
             "tree_depth": self.depth,
             "tree_top_k": self.top_k,
         }
+
+    def speculative_config(self, draft: str, draft_vocab_size: int | None = None) -> dict[str, Any]:
+        """vLLM's `speculative_config` for this tree and the folder or hub id `draft`."""
+        limit = {} if draft_vocab_size is None else {"draft_vocab_size": draft_vocab_size}
+        return limit | {"method": "griffin", "model": draft} | self.fields

@@ -21,6 +21,8 @@ import click
 from rows import TRUNKS, Row, real_rows, tiny_rows
 from summary import write_summary
 
+from vllm_griffin.whole_file import write_json
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "alignment"
 # Chosen on held-out prompts (docs/results/alignment/README.md): at the trunk's own rates a short second stage
@@ -79,10 +81,7 @@ class Study:
             "log": log,
             "evaluation": evaluated,
         }
-        result.parent.mkdir(parents=True, exist_ok=True)
-        partial = result.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(result)
+        write_json(result, record)
 
     def _trunk(self, row: Row, data: Path, seed: int) -> Path:
         trunk = self.work / f"trunk-{row.trunk}-{slug(data.name)}-{seed}"

@@ -11,7 +11,7 @@ from tests.engine.compare import difference
 from tests.engine.harness import PAIRS, Request, engine, run
 from tests.engine.ties import recorded_gaps
 from tests.load.traffic import source_code
-from vllm_griffin.model.config import max_tree_nodes
+from vllm_griffin.tree_shape import max_tree_nodes
 
 VOCABULARY = 2048
 TOKENS = st.integers(4, VOCABULARY - 1)

@@ -17,7 +17,7 @@ from tests.engine.harness import (
 )
 from tests.engine.oracle import oracle_trees
 from tests.engine.ties import assert_lossless, recorded_gaps
-from vllm_griffin.config import max_tree_nodes
+from vllm_griffin.tree_shape import max_tree_nodes
 
 VALUES = {
     "num_nodes": (1, 7, 12, 59),

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_griffin import provenance
 from vllm_griffin.data.documents import Document, write_documents
 from vllm_griffin.data.shards import write_shard
+from vllm_griffin.whole_file import write_json
 
 
 @pytest.fixture(scope="session")
@@ -51,5 +52,5 @@ def small_data(small_target: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     write_documents(folder, documents)
     settings = {"target": str(small_target), "hidden_states": "stored"}
     record = {"settings": settings, "counts": {"documents": 60}, "finished": True}
-    provenance.write(folder / "data.json", {**provenance.describe(), **record})
+    write_json(folder / "data.json", {**provenance.describe(), **record})
     return folder

@@ -16,6 +16,7 @@ from vllm_griffin.cli import main
 from vllm_griffin.convert import convert
 from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint, DraftLayout
 from vllm_griffin.train.checkpoint import load_draft
+from vllm_griffin.tree_shape import TreeShape
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "data" / "golden"
@@ -98,7 +99,7 @@ def test_every_form_of_file_and_its_provenance(form: str, tmp_path: Path) -> Non
         draft,
         TARGET,
         tmp_path / "out",
-        tree={"num_speculative_tokens": 5, "tree_depth": 2, "tree_top_k": 3},
+        tree=TreeShape(5, 2, 3),
     )
     assert made.embedding == "left out"
     del weights["embed_tokens.weight"]
@@ -198,7 +199,10 @@ MISTAKES = [
     (lambda w, c: c.pop("hidden_size"), "`hidden_size` must be a positive integer, it is missing"),
     (lambda w, c: c.update(num_hidden_layers=2), "`num_hidden_layers` must be 1"),
     (lambda w, c: c.update(tree={"tree_width": 3}), r"`tree.tree_width` is not known"),
-    (lambda w, c: c.update(tree={"tree_depth": 1, "tree_top_k": 2}), "59 nodes cannot be made"),
+    (
+        lambda w, c: c.update(tree={"tree_depth": 1, "tree_top_k": 2}),
+        "make at most 2 nodes; choose another",
+    ),
 ]
 
 
@@ -307,8 +311,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert list(config_of(tmp_path / "out")["tree"].values()) == [20, 4, 3]
     for arguments, message in (
         ((), "not an empty folder"),
-        (("--tree", "20,4"), "is not like 59,6,10"),
+        (("--tree", "20,4"), "is neither nodes,depth,top_k"),
         (("--tree", "20,0,4"), "at least 1"),
+        (("--tree", "20,2,3"), "at most 12 nodes"),
         (("--tree", "20,4,3", "--to", "published"), "--tree has no place"),
         (("--verifier", "a/b"), "--verifier is for --to speculators"),
     ):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -287,3 +288,52 @@ def test_the_target_answers_through_vllm(tmp_path: Path) -> None:
     with torch.inference_mode():
         logits = model(torch.tensor([stored.documents[0].tokens])).logits[0]
     assert logits[19:-1].argmax(-1).tolist() == rows[0]["response_token_ids"]
+
+
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+
+def random_target(folder: Path, kind: str, **fields: Any) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.for_model(kind, **(SIZES | fields))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
+
+
+def test_a_target_that_vllm_runs_as_a_hugging_face_model(tmp_path: Path) -> None:
+    """vLLM changes such a model's class; hidden states come from that class, in the same process."""
+    target = random_target(tmp_path / "target", "smollm3", no_rope_layers=[1, 0])
+    text = tmp_path / "a.py"
+    text.write_text(Path(__file__).read_text()[:600])
+    common = ("--target", target, "--input", text, "--length", 60, "--prompt-tokens", 20)
+    succeed(*common, "--generate", "--max-new-tokens", 4, "--output", tmp_path / "data")
+    assert StoredStates(tmp_path / "data").features(0).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("mistral", {"sliding_window": 64}, "a sliding window of 64 tokens"),
+        ("gpt2", {}, "no model.embed_tokens.weight in its weights"),
+    ],
+)
+def test_targets_that_cannot_be_served_are_refused_before_their_data(
+    tmp_path: Path, chats: Path, kind: str, fields: dict[str, int], message: str
+) -> None:
+    target = random_target(tmp_path / "target", kind, **fields)
+    printed = fail("--target", target, "--input", chats, "--output", tmp_path / "out")
+    assert message in printed
+    assert not (tmp_path / "out").exists()

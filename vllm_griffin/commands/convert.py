@@ -9,23 +9,20 @@ from vllm_griffin.commands.options import config_option
 
 if TYPE_CHECKING:
     from vllm_griffin.convert import Form
+    from vllm_griffin.tree_shape import TreeShape
 
 
 def _tree(
     _context: click.Context, _parameter: click.Parameter, text: str | None
-) -> dict[str, int] | None:
-    """`59,6,10` as the three fields of a draft's tree."""
+) -> "TreeShape | None":
     if text is None:
         return None
-    from vllm_griffin.model.config import TREE_FIELDS
+    from vllm_griffin.tree_shape import TreeShape
 
     try:
-        nodes, depth, top_k = (int(part) for part in text.split(","))
+        return TreeShape.parse(text)
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not like 59,6,10 (nodes,depth,top_k)") from error
-    if min(nodes, depth, top_k) < 1:
-        raise click.BadParameter(f"{text!r}: nodes, depth and top_k are at least 1")
-    return dict(zip(TREE_FIELDS, (nodes, depth, top_k), strict=True))
+        raise click.BadParameter(str(error)) from error
 
 
 @click.command()
@@ -45,7 +42,7 @@ def _tree(
 @click.option(
     "--tree",
     callback=_tree,
-    help="nodes,depth,top_k that the draft is served with by default.  "
+    help="nodes,depth,top_k or chain:length that the draft is served with by default.  "
     "[default: the source's, else 59,6,10]",
 )
 @click.option(
@@ -58,7 +55,7 @@ def command(
     target: str,
     output: Path,
     to: "Form",
-    tree: dict[str, int] | None,
+    tree: "TreeShape | None",
     verifier: str | None,
     revision: str | None,
 ) -> None:
@@ -82,9 +79,7 @@ def command(
         made = convert(source, target, output, to, tree=tree, verifier=verifier, revision=revision)
     except CheckpointError as error:
         raise click.ClickException(str(error)) from error
-    shape = (
-        ",".join(str(n) for n in made.tree.values()) if made.tree else "not stored in this layout"
-    )
+    shape = made.tree or "not stored in this layout"
     click.echo(
         f"{made.folder}: {made.network} in the {to} layout; embedding {made.embedding}; tree {shape}"
     )

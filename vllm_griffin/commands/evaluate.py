@@ -224,6 +224,7 @@ def _write(
     """Write JSON and picture; returns the JSON file."""
     from vllm_griffin import provenance
     from vllm_griffin.evaluate import metrics, plot
+    from vllm_griffin.whole_file import write_json
 
     request = evaluation.request
     record = {
@@ -245,7 +246,7 @@ def _write(
         "engine_check": checks,
     }
     file = output / "evaluation.json"
-    provenance.write(file, record)
+    write_json(file, record)
     plot.draw(rows, output / "evaluation.png")
     click.echo(f"{file} and {output / 'evaluation.png'} are written")
     return file

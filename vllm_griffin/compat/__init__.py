@@ -37,6 +37,14 @@ def install_engine_patches() -> None:
         patch.apply()
 
 
+def install_command_patches() -> None:
+    """Prepares a process of our command line to run a plain engine beside Hugging Face models."""
+    from vllm_griffin.compat.patches import COMMAND_PATCHES
+
+    for patch in COMMAND_PATCHES:
+        patch.apply()
+
+
 def check_version() -> None:
     """Raises UnsupportedVllmError, in one sentence, unless vLLM is 0.32.x."""
     from vllm_griffin.compat.patch import UnsupportedVllmError

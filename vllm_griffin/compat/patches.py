@@ -1,7 +1,7 @@
 """Every name of vLLM that is replaced (for a CPU: `cpu/patches.py`), why, and the day it can go.
 
-All of them ask first whether the engine at hand wants griffin, so that a plain engine in the same
-process runs vLLM's own code.
+All of them but `COMMAND_PATCHES` ask first whether the engine at hand wants griffin, so that a plain engine
+in the same process runs vLLM's own code.
 """
 
 from collections.abc import Callable, Mapping
@@ -239,6 +239,31 @@ def _grammar_bitmask(original: Callable[..., Any]) -> Callable[..., Any]:
 
     return grammar_bitmask
 
+
+def _decorate_cls_for_torch_compile(original: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(
+        self: Any, cls: Any, dynamic_arg_dims: Any, enable_if: Any, is_encoder: bool
+    ) -> None:
+        from vllm.config import CompilationMode
+
+        if self.compilation_config.mode != CompilationMode.NONE:
+            original(self, cls, dynamic_arg_dims, enable_if, is_encoder)
+
+    return decorate
+
+
+# Of our commands that run a plain engine and the target's Hugging Face model in one process.
+COMMAND_PATCHES = (
+    Patch(
+        module="vllm.model_executor.models.transformers.base",
+        name="Base._decorate_cls_for_torch_compile",
+        parameters=("self", "cls", "dynamic_arg_dims", "enable_if", "is_encoder"),
+        replacement=_decorate_cls_for_torch_compile,
+        reason="vLLM prepares the model's Hugging Face class for its compiler, also in an eager engine, and "
+        "from then on no model of that class can be made outside of vLLM",
+        until="vLLM decorates a class of its own, or none where nothing is compiled",
+    ),
+)
 
 CONFIG_PATCHES = (
     Patch(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_griffin.whole_file import whole_file
+
 HELD_OUT_EVERY = 20  # one prompt in 20 (5 %) is for validation
 FILE = "documents.jsonl"
 
@@ -33,11 +35,9 @@ def write_documents(folder: str | Path, documents: Iterable[Document]) -> None:
     """Write ``documents.jsonl``, a line per document; the file is replaced as a whole."""
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".partial")
-    with open(scratch, "w", encoding="utf-8") as lines:
+    with whole_file(path) as scratch, open(scratch, "w", encoding="utf-8") as lines:
         for d in documents:
             lines.write(json.dumps({"id": d.id, "tokens": d.tokens, "answer": d.answer}) + "\n")
-    scratch.replace(path)
 
 
 def read_documents(folder: str | Path) -> list[Document]:

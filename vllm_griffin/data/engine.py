@@ -9,6 +9,8 @@ from typing import Any
 import click
 import torch
 
+from vllm_griffin.compat import install_command_patches
+
 
 def batch_size() -> int:
     """Requests that the engine answers at one time."""
@@ -64,6 +66,7 @@ def engine(
         raise click.ClickException(
             f"this needs vLLM (pip install 'vllm-griffin[cpu]' or '[cuda]'): {error}"
         ) from error
+    install_command_patches()
     on_gpu = torch.cuda.is_available()
     defaults: dict[str, Any] = {
         "dtype": "auto" if on_gpu else "float32",

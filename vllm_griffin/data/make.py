@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 
-from vllm_griffin import provenance
 from vllm_griffin.data import hidden, show
 from vllm_griffin.data.build import Builder
 from vllm_griffin.data.chat import load_tokenizer
@@ -21,6 +20,9 @@ from vllm_griffin.data.engine import engine, prepare_environment
 from vllm_griffin.data.respond import Engine, Sampling, draw_prompts, respond
 from vllm_griffin.data.settings import Settings, claim
 from vllm_griffin.data.sources import Chat, Problems, Record, read_records
+from vllm_griffin.model.checkpoint import CheckpointError
+from vllm_griffin.train.setup import check_target
+from vllm_griffin.whole_file import write_json
 
 SAMPLE = 4  # what a dry run makes to tell how long all of it takes
 
@@ -51,7 +53,8 @@ def target_sizes(target: Path) -> TargetSizes:
     """Sizes from the target's config.
 
     Raises:
-        click.ClickException: There is no config that transformers knows.
+        click.ClickException: There is no config that transformers knows, or no draft can be served or trained
+            for such a target, which is better known before its data are made.
     """
     from transformers import AutoConfig
 
@@ -61,6 +64,16 @@ def target_sizes(target: Path) -> TargetSizes:
         raise click.ClickException(
             f"{target} is neither a model folder nor a model that the hub could give: {error}"
         ) from error
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        raise click.ClickException(
+            f"{target} attends through a sliding window of {window} tokens, and griffin serves "
+            "full-attention targets only"
+        )
+    try:
+        check_target(str(target))
+    except (CheckpointError, OSError, KeyError, ValueError) as error:
+        raise click.ClickException(str(error.args[0])) from error
     return TargetSizes(config.max_position_embeddings, config.hidden_size, config.vocab_size)
 
 
@@ -82,7 +95,7 @@ def make(s: Settings) -> None:
         return
     with hidden.full_disk_explained(s.output):
         record = claim(s)
-        provenance.write(s.output / "data.json", record)
+        write_json(s.output / "data.json", record)
         made = _documents(s, sizes, s.output)
         documents = made.documents
         show.sample(documents[0], made.builder.tokenizer)
@@ -91,7 +104,7 @@ def make(s: Settings) -> None:
             tokens = hidden.shard_tokens(sizes.hidden)
             hidden.store(_source(s), documents, s.output, tokens)
         counts = made.builder.counts(documents)
-        provenance.write(s.output / "data.json", record | {"counts": counts, "finished": True})
+        write_json(s.output / "data.json", record | {"counts": counts, "finished": True})
     show.counts(counts)
     click.echo(f"training data in {s.output}")
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from vllm_griffin import provenance
+from vllm_griffin.whole_file import scratch_of
 
 # They change how a run goes, not what it makes.
 _FREE = {"output", "threads", "dry_run", "on_error", "tensor_parallel"}
@@ -71,7 +72,7 @@ def claim(s: Settings) -> dict[str, Any]:
     s.output.mkdir(parents=True, exist_ok=True)
     path, settings = s.output / "data.json", s.record()
     # A kill while the record was first written leaves a part of it.
-    ours = {path, path.with_suffix(".partial")}
+    ours = {path, scratch_of(path)}
     others = any(found not in ours for found in s.output.iterdir())
     if path.exists() and others:
         before = json.loads(path.read_text(encoding="utf-8")).get("settings", {})

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_griffin.data.documents import Document
+from vllm_griffin.whole_file import whole_file
 
 
 class States(Protocol):
@@ -39,7 +40,6 @@ def write_shard(path: Path, documents: Sequence[Document], hidden: Sequence[Tens
     for mark, document in zip(marks, documents, strict=True):
         for a, b in document.answer:
             mark[a:b] = 1
-    scratch = path.with_suffix(".partial")
     tensors = {
         "tokens": torch.tensor([t for d in documents for t in d.tokens], dtype=torch.int32),
         "hidden": torch.cat([h.to(torch.float16) for h in hidden]),
@@ -47,11 +47,8 @@ def write_shard(path: Path, documents: Sequence[Document], hidden: Sequence[Tens
         "answer": torch.cat(marks),
         "ids": torch.tensor([d.id for d in documents]),
     }
-    try:
+    with whole_file(path) as scratch:
         save_file(tensors, scratch)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def holds(path: Path, documents: Sequence[Document]) -> bool:

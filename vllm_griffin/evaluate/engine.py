@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_griffin.compat import install_command_patches
 from vllm_griffin.data.engine import prepare_environment
 from vllm_griffin.evaluate.outputs import TAIL, Output
 from vllm_griffin.evaluate.prompts import Prompt
@@ -65,6 +66,7 @@ def _engine(
     """An engine without prefix caching and asynchronous scheduling: both schedule steps without a tree."""
     from vllm import LLM
 
+    install_command_patches()
     rows = 1 + (shape.nodes if shape else 0)
     llm = LLM(
         settings.target,

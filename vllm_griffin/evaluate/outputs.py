@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from vllm_griffin.whole_file import whole_file
+
 # Tokens past the end of an answer that are stored; a last step accepts at most a tree's depth of them.
 TAIL = 16
 
@@ -88,8 +90,7 @@ def append_outputs(path: Path, outputs: Iterable[Output]) -> None:
     if path.exists():
         whole = path.read_bytes()
         if not whole.endswith(b"\n"):
-            scratch = path.with_suffix(".partial")
-            scratch.write_bytes(whole[: whole.rfind(b"\n") + 1])
-            scratch.replace(path)
+            with whole_file(path) as scratch:
+                scratch.write_bytes(whole[: whole.rfind(b"\n") + 1])
     with open(path, "a", encoding="utf-8") as lines:
         lines.write("".join(json.dumps(asdict(output)) + "\n" for output in outputs))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vllm_griffin.data.hidden import load_target
 from vllm_griffin.evaluate.outputs import Output
+from vllm_griffin.whole_file import whole_file
 
 SAMPLE = 1 << 20  # bytes of a weight file's beginning and end that name it
 
@@ -65,13 +66,11 @@ class OutputStates:
             tokens = torch.tensor([output.text[:-1]], device=model.device)
             hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
             file = self._file(output)
-            scratch = file.with_suffix(".partial")
             try:
-                save_file({"hidden": hidden.cpu().contiguous()}, scratch)
+                with whole_file(file) as scratch:
+                    save_file({"hidden": hidden.cpu().contiguous()}, scratch)
             except SafetensorError as error:
-                scratch.unlink(missing_ok=True)
                 raise OSError(f"cannot write {file} ({error}); what is finished is kept") from error
-            scratch.replace(file)
             done()
 
     def _file(self, output: Output) -> Path:

@@ -1,11 +1,11 @@
 """Acceptance length by tree, kept in a draft's `config.json` for engines that choose the tree themselves."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_griffin.model.config import read_json
+from vllm_griffin.whole_file import write_json
 
 
 def pooled_lengths(draft: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -29,6 +29,4 @@ def write_trees(folder: Path, lengths: Mapping[str, float]) -> None:
     """
     file = folder / "config.json"
     config = read_json(file) | {"tree_acceptance": dict(lengths)}
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_json(file, config)

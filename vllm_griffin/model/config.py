@@ -225,11 +225,6 @@ def tree_acceptance(
     return dict(lengths)
 
 
-def max_tree_nodes(depth: int, top_k: int) -> int:
-    """Nodes that ``depth`` levels with a frontier of ``top_k`` can make, the root not counted."""
-    return top_k + (depth - 1) * top_k * top_k
-
-
 @dataclass(frozen=True)
 class Fields:
     """Typed access to one mapping; every complaint names the file and the field."""

@@ -13,6 +13,7 @@ from vllm_griffin.model.checkpoint import DraftCheckpoint
 from vllm_griffin.model.config import PAPER_TREE
 from vllm_griffin.model.vocabulary import VOCABULARY_FILE
 from vllm_griffin.train.network import Draft, DraftConfig, Fusion
+from vllm_griffin.whole_file import whole_file, write_json
 
 
 class _Scaled(nn.Module):
@@ -145,14 +146,14 @@ def save_draft(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to(dtype).contiguous() for k, v in published_state(draft).items()}
-    save_file(state, folder / "model.partial", metadata={"format": "pt"})
-    (folder / "model.partial").chmod(0o644)
-    (folder / "model.partial").replace(folder / "model.safetensors")
+    with whole_file(folder / "model.safetensors") as scratch:
+        save_file(state, scratch, metadata={"format": "pt"})
+        scratch.chmod(0o644)
     config = draft_config_json(target, draft.config, str(dtype).removeprefix("torch."))
-    (folder / "config.partial").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "config.partial").replace(folder / "config.json")
+    write_json(folder / "config.json", config)
     if vocabulary is not None:
-        (folder / VOCABULARY_FILE).write_text(json.dumps(vocabulary) + "\n")
+        with whole_file(folder / VOCABULARY_FILE) as scratch:
+            scratch.write_text(json.dumps(vocabulary) + "\n")
 
 
 def load_draft(folder: str | Path, embeddings: Tensor | None = None) -> Draft:

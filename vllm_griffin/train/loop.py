@@ -27,6 +27,7 @@ from vllm_griffin.train.optim import make_optimisers, schedule
 from vllm_griffin.train.settings import Settings
 from vllm_griffin.train.setup import TargetParts
 from vllm_griffin.train.step import VALIDATION_TOKENS, DraftLoss, held_out_counts
+from vllm_griffin.whole_file import whole_file, write_json
 
 SHOWN = ("step", "val_agree0", "val_token0", "val_feature0", "val_agree1", "chain", "top3")
 
@@ -161,9 +162,8 @@ class Trainer:
         if path.exists() and self.accelerator.is_main_process:
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _logged_step(line) <= self.step]
-            scratch = path.with_suffix(".partial")
-            scratch.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            scratch.replace(path)
+            with whole_file(path) as scratch:
+                scratch.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def _new_optimisers(self) -> None:
         s = self.settings
@@ -191,12 +191,10 @@ class Trainer:
             "made_from": self._made_from,
         }
         path = self.folder / "checkpoint.pt"
-        scratch = path.with_suffix(".partial")
         try:
-            torch.save(saved, scratch)
-            scratch.replace(path)
+            with whole_file(path) as scratch:
+                torch.save(saved, scratch)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            scratch.unlink(missing_ok=True)
             raise self._not_written(path, error) from error
 
     def _not_written(self, path: Path, error: Exception) -> TrainingError:
@@ -218,7 +216,7 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             record = {**provenance.describe(s.seed), "settings": asdict(s), **self._record}
-            provenance.write(self.folder / "run.json", record)
+            write_json(self.folder / "run.json", record)
         bar = tqdm(
             total=s.total_steps, initial=self.step, unit="step", mininterval=5, disable=not main
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_griffin.model.checkpoint import find_folder, find_weights, list_tensors
+from vllm_griffin.model.checkpoint import TensorInfo, find_folder, find_weights, list_tensors
 from vllm_griffin.model.files import read_tensors
 from vllm_griffin.train.network import Draft, DraftConfig
 
@@ -27,6 +27,15 @@ class TargetParts:
     head: Tensor
 
 
+def check_target(target: str | Path) -> None:
+    """Refuse a target that drafts cannot be trained for, before its data are made.
+
+    Raises:
+        What `load_target_parts` raises.
+    """
+    _open(target)
+
+
 def load_target_parts(target: str | Path) -> TargetParts:
     """Read embedding and LM head of a model, in one file or in shards: a folder or a hub name.
 
@@ -37,6 +46,20 @@ def load_target_parts(target: str | Path) -> TargetParts:
             length of context.
         ValueError: The LM head has a bias, or logits are soft-capped, which a draft's head cannot have.
     """
+    config, tensors = _open(target)
+    found = {
+        key: tensor.float()
+        for key in (EMBEDDING, HEAD)
+        if key in tensors
+        for _, tensor in read_tensors(tensors[key].file, [key])
+    }
+    # A tied head is not stored.
+    head, scale = found.get(HEAD, found[EMBEDDING]), _logit_scale(config)
+    return TargetParts(config, found[EMBEDDING], head if scale == 1 else head * scale)
+
+
+def _open(target: str | Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """A target's `config.json`, and where its weights are."""
     folder = find_folder(target)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{target} is not a model folder (no config.json)")
@@ -44,22 +67,14 @@ def load_target_parts(target: str | Path) -> TargetParts:
     tensors = list_tensors(source) if source else {}
     if "lm_head.bias" in tensors:
         raise ValueError(f"{target}: its LM head has a bias, which drafts do not support")
-    found = {
-        key: tensor.float()
-        for key in (EMBEDDING, HEAD)
-        if key in tensors
-        for _, tensor in read_tensors(tensors[key].file, [key])
-    }
-    if EMBEDDING not in found:
+    if EMBEDDING not in tensors:
         raise KeyError(f"{target}: no {EMBEDDING} in its weights")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "max_position_embeddings" not in config:
         raise KeyError(f"{target}: its config.json has no 'max_position_embeddings'")
     if config.get("final_logit_softcapping"):
         raise ValueError(f"{target}: its logits are soft-capped, which drafts do not support")
-    # A tied head is not stored.
-    head, scale = found.get(HEAD, found[EMBEDDING]), _logit_scale(config)
-    return TargetParts(config, found[EMBEDDING], head if scale == 1 else head * scale)
+    return config, tensors
 
 
 def _logit_scale(config: dict[str, Any]) -> float:
