@@ -15,6 +15,8 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -43,6 +45,8 @@ TARGETS = {
     "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
     # Its LM head is the embedding, and its logits are scaled.
     "cohere": (CohereConfig, CohereForCausalLM, {"logit_scale": 0.25}),
+    # vLLM runs it by its Transformers backend.
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"pad_token_id": 0}),
     "int8": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False}),
 }
 SPEC = {"num_speculative_tokens": 12, "tree_depth": 4, "tree_top_k": 4}
