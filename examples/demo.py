@@ -160,7 +160,8 @@ def explain_hardware(console: Console, on_gpu: bool) -> None:
         "[yellow]No GPU: this runs on the CPU.[/] vLLM's Triton kernels run in Triton's interpreter or "
         "as torch twins (vllm_griffin/cpu), griffin's own ops as "
         f"{describe(torch.device('cpu'))}. Tokens and acceptance are the same as on a GPU; "
-        "[yellow]times are this CPU's and say nothing of a GPU's.[/]"
+        "[yellow]times are this CPU's and say nothing of a GPU's.[/] Both engines run eagerly: "
+        "vLLM's compiler takes minutes on a CPU and helps the plain engine more."
     )
 
 
