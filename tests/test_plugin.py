@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from vllm_griffin.compat.patch import Patch, UnsupportedVllmError, replace_attribute
-from vllm_griffin.compat.patches import CONFIG_PATCHES, ENGINE_PATCHES, RUNNER_PATCHES
+from vllm_griffin.compat.patches import (
+    COMMAND_PATCHES,
+    CONFIG_PATCHES,
+    ENGINE_PATCHES,
+    RUNNER_PATCHES,
+)
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "a"
 PLAIN = """
@@ -59,7 +64,9 @@ def test_a_plain_engine_runs_vllms_own_code() -> None:
 
 
 @pytest.mark.parametrize(
-    "patch", (*CONFIG_PATCHES, *ENGINE_PATCHES, *RUNNER_PATCHES), ids=lambda p: p.name
+    "patch",
+    (*CONFIG_PATCHES, *ENGINE_PATCHES, *RUNNER_PATCHES, *COMMAND_PATCHES),
+    ids=lambda p: p.name,
 )
 def test_every_seam_is_where_it_was(patch: Patch) -> None:
     patch.apply()

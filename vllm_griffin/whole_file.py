@@ -18,8 +18,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.replace(path)
-    finally:
+    except BaseException:
         scratch.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

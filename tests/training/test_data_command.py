@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from tests.training.data_target import MARKED, chat_target
 from vllm_griffin.cli import main
 from vllm_griffin.data.documents import read_documents
+from vllm_griffin.data.make import target_sizes
 from vllm_griffin.data.shards import StoredStates
 
 TINY = Path(__file__).parents[2] / "examples" / "models" / "target"
@@ -337,3 +338,18 @@ def test_targets_that_cannot_be_served_are_refused_before_their_data(
     printed = fail("--target", target, "--input", chats, "--output", tmp_path / "out")
     assert message in printed
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 64}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 0}),
+    ],
+)
+def test_a_window_that_is_not_used_is_none(
+    tmp_path: Path, kind: str, fields: dict[str, Any]
+) -> None:
+    target = random_target(tmp_path / "target", kind, **fields)
+    assert target_sizes(target).context == 256

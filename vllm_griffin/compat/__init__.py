@@ -4,6 +4,12 @@ Attributes of single objects go through ``patch.replace_attribute``.
 """
 
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vllm_griffin.compat.patch import Patch
 
 SUPPORTED = "0.32"
 
@@ -16,14 +22,19 @@ def install() -> None:
     """
     if "vllm.engine.arg_utils" not in sys.modules:
         return
-    from vllm_griffin.compat.patch import UnsupportedVllmError
     from vllm_griffin.compat.patches import CONFIG_PATCHES
 
+    _apply_or_warn(CONFIG_PATCHES)
+
+
+def _apply_or_warn(patches: "Iterable[Patch]") -> None:
+    """For engines that may not need the patch: they must start all the same."""
+    from vllm_griffin.compat.patch import UnsupportedVllmError
+
     try:
-        for patch in CONFIG_PATCHES:
+        for patch in patches:
             patch.apply()
     except UnsupportedVllmError as error:
-        # An engine that does not want griffin must start all the same.
         from vllm.logger import init_logger
 
         init_logger("vllm.griffin").warning("%s", error)
@@ -41,8 +52,7 @@ def install_command_patches() -> None:
     """Prepares a process of our command line to run a plain engine beside Hugging Face models."""
     from vllm_griffin.compat.patches import COMMAND_PATCHES
 
-    for patch in COMMAND_PATCHES:
-        patch.apply()
+    _apply_or_warn(COMMAND_PATCHES)
 
 
 def check_version() -> None:

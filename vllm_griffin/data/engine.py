@@ -61,16 +61,19 @@ def engine(
         click.ClickException: vLLM is not installed.
     """
     try:
-        from vllm import LLM
+        from vllm import LLM, envs
     except ImportError as error:
         raise click.ClickException(
             f"this needs vLLM (pip install 'vllm-griffin[cpu]' or '[cuda]'): {error}"
         ) from error
-    install_command_patches()
     on_gpu = torch.cuda.is_available()
+    # Here hidden states follow by the target's Hugging Face model, which vLLM's compiler would change.
+    in_process = not envs.VLLM_ENABLE_V1_MULTIPROCESSING
+    if in_process:
+        install_command_patches()
     defaults: dict[str, Any] = {
         "dtype": "auto" if on_gpu else "float32",
-        "enforce_eager": not on_gpu,
+        "enforce_eager": in_process or not on_gpu,
         "max_num_seqs": batch_size(),
     }
     llm = LLM(

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from vllm_griffin.commands.options import reason
 from vllm_griffin.data import hidden, show
 from vllm_griffin.data.build import Builder
 from vllm_griffin.data.chat import load_tokenizer
@@ -53,8 +54,8 @@ def target_sizes(target: Path) -> TargetSizes:
     """Sizes from the target's config.
 
     Raises:
-        click.ClickException: There is no config that transformers knows, or no draft can be served or trained
-            for such a target, which is better known before its data are made.
+        click.ClickException: There is no config that transformers knows, or its attention has a sliding
+            window, which griffin would refuse to serve once the draft is trained.
     """
     from transformers import AutoConfig
 
@@ -65,15 +66,12 @@ def target_sizes(target: Path) -> TargetSizes:
             f"{target} is neither a model folder nor a model that the hub could give: {error}"
         ) from error
     window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
+    if window:
         raise click.ClickException(
-            f"{target} attends through a sliding window of {window} tokens, and griffin serves "
-            "full-attention targets only"
+            f"{target} attends through a sliding window of {window} tokens, and griffin serves full "
+            f"attention only: if {window} tokens are enough, set sliding_window to null in a copy of its "
+            "config.json"
         )
-    try:
-        check_target(str(target))
-    except (CheckpointError, OSError, KeyError, ValueError) as error:
-        raise click.ClickException(str(error.args[0])) from error
     return TargetSizes(config.max_position_embeddings, config.hidden_size, config.vocab_size)
 
 
@@ -89,6 +87,12 @@ def make(s: Settings) -> None:
 
         torch.set_num_threads(s.threads)
     sizes = target_sizes(s.target)
+    if s.generate or s.draw or s.hidden_states != "online":
+        # Training would refuse it, too, but after hours. Only here are the weights needed anyway.
+        try:
+            check_target(str(s.target))
+        except (CheckpointError, OSError, KeyError, ValueError) as error:
+            raise click.ClickException(reason(error)) from error
     s = replace(s, max_length=_max_length(s, sizes.context))
     if s.dry_run:
         _estimate(s, sizes)
