@@ -11,9 +11,10 @@ from tests.engine.harness import MODELS, Request, engine, run
 from vllm_griffin.convert import convert
 from vllm_griffin.model.checkpoint import CheckpointError
 from vllm_griffin.model.speculators import flatten, verifier_of, wrap
+from vllm_griffin.tree_shape import TreeShape
 
 TARGET, DRAFT = MODELS / "target", MODELS / "griffin"
-TREE = {"num_speculative_tokens": 20, "tree_depth": 4, "tree_top_k": 3}
+TREE = TreeShape(20, 4, 3)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_a_relative_verifier_that_is_not_there_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("more", [{}, {"draft_vocab_size": 500}])
 def test_flatten_undoes_wrap(more: dict) -> None:
-    config = json.loads((DRAFT / "config.json").read_text()) | {"tree": TREE} | more
+    config = json.loads((DRAFT / "config.json").read_text()) | {"tree": TREE.fields} | more
     wrapped = wrap(config, "some/target", ["LlamaForCausalLM"])
     assert wrapped.get("draft_vocab_size") == more.get("draft_vocab_size")
     assert "model_type" not in wrapped, "vLLM would take it for a plain model"
