@@ -15,6 +15,7 @@ from vllm_griffin.compat.patches import (
     ENGINE_PATCHES,
     RUNNER_PATCHES,
 )
+from vllm_griffin.environment import KNOWN, register_variables
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "a"
 PLAIN = """
@@ -58,8 +59,8 @@ def test_a_plain_engine_runs_vllms_own_code() -> None:
     assert with_tokens == without_tokens
     assert none == []
     assert ours, "the plugin was not loaded, so nothing was tested"
-    light = ("vllm_griffin", "vllm_griffin.compat")
-    assert all(m == "vllm_griffin" or m.startswith(light[1]) for m in ours), ours
+    light = ("vllm_griffin", "vllm_griffin.environment")
+    assert all(m in light or m.startswith("vllm_griffin.compat") for m in ours), ours
     assert owner == "vllm.v1.attention.selector"
 
 
@@ -96,6 +97,22 @@ def test_an_attribute_that_has_gone_gives_one_sentence_that_names_it() -> None:
     assert runner.number == 2
     with pytest.raises(UnsupportedVllmError, match=r"vLLM's Runner\.budget has gone; install"):
         replace_attribute(runner, "budget", 3)
+
+
+def test_vllm_knows_our_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with ``--fail-on-environ-validation``; a misspelt one it still refuses."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(envs, "environment_variables", dict(envs.environment_variables))
+    for name in KNOWN:
+        monkeypatch.setenv(name, "1")
+    register_variables()
+    current_platform.validate_environ(True)
+    assert all(envs.environment_variables[name]() is None for name in KNOWN)
+    monkeypatch.setenv("VLLM_GRIFFIN_KERNEL", "1")
+    with pytest.raises(ValueError, match=r"VLLM_GRIFFIN_KERNEL$"):
+        current_platform.validate_environ(True)
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0"])

@@ -13,7 +13,9 @@ def register() -> None:
     cpu_platform()
     from vllm_griffin.compat import install
     from vllm_griffin.compat.speculators import register_layout
+    from vllm_griffin.environment import register_variables
 
+    register_variables()
     install()
     register_layout()
 

@@ -266,8 +266,8 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         elif self.rejection_sample_method != "standard":
             raise ValueError(
                 f"speculative_config['rejection_sample_method']={self.rejection_sample_method!r} is "
-                f"not supported with method 'griffin': leave it at 'standard'; tree verification is "
-                f"always exact"
+                f"not supported with method 'griffin': leave it at 'standard', which is exact, or take "
+                "'synthetic' for benchmarks"
             )
         elif self.synthetic_acceptance_rates or self.synthetic_acceptance_length is not None:
             raise ValueError(

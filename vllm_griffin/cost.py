@@ -18,8 +18,9 @@ from vllm import SamplingParams
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
+from vllm_griffin.compat.patch import replace_attribute
 from vllm_griffin.config import griffin_config
-from vllm_griffin.runner.trace import START_UP
+from vllm_griffin.trace import START_UP
 from vllm_griffin.tree_sizes import Choice, TreeSizes
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ def adapt(core: "EngineCore") -> None:
         return
     lengths = spec.acceptance_by_nodes()
     most = core.vllm_config.scheduler_config.max_num_seqs
+    logger.info(
+        "griffin: timing steps of up to %d requests with trees of %s nodes, to choose a tree by batch size",
+        most,
+        ", ".join(map(str, lengths)),
+    )
     start = time.perf_counter()
     timer = StepTimer(core)
     # An engine's first steps are slow; plain ones, timed first, must not look so.
@@ -50,7 +56,7 @@ def adapt(core: "EngineCore") -> None:
         timer.seconds(1, nodes)
     choices = choose(timer, lengths, most)
     scheduler: Any = core.scheduler
-    scheduler.dynamic_sd_lookup = TreeSizes(choices, lengths, scheduler)
+    replace_attribute(scheduler, "dynamic_sd_lookup", TreeSizes(choices, lengths, scheduler))
     _set_drafting(core, choices[0].nodes > 0)
     logger.info(
         "griffin: tree sizes measured in %.1f s. %s",
@@ -115,11 +121,14 @@ def describe(choices: Sequence[Choice], names: Mapping[int, str]) -> str:
     """For the log: which tree at which batch size, and what it is expected to bring."""
     if choices[0].nodes == 0:
         return "No tree pays here: drafting is off"
-    parts = []
-    for choice in choices:
-        tree = f"tree {names[choice.nodes]} ({choice.speedup:.2f}x)" if choice.nodes else "off"
-        parts.append(f"{choice.batch}: {tree}")
-    return "Up to so many requests: " + ", ".join(parts)
+    trees = [
+        f"up to {choice.batch}: tree {names[choice.nodes]} ({choice.speedup:.2f}x)"
+        for choice in choices
+        if choice.nodes
+    ]
+    if len(trees) < len(choices):
+        trees.append("more: no drafting")
+    return "Requests of a step, tree, speed expected: " + ", ".join(trees)
 
 
 class StepTimer:
@@ -139,7 +148,9 @@ class StepTimer:
         if batch * (1 + nodes) > scheduler.max_num_scheduled_tokens:
             return math.inf
         _set_drafting(core, nodes > 0)
-        scheduler.dynamic_sd_lookup = [nodes] * len(scheduler.dynamic_sd_lookup)
+        replace_attribute(
+            scheduler, "dynamic_sd_lookup", [nodes] * len(scheduler.dynamic_sd_lookup)
+        )
         ids = [f"{START_UP}{next(self.numbers)}" for _ in range(batch)]
         for request_id in ids:
             core.add_request(self._request(request_id))

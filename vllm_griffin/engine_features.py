@@ -42,8 +42,9 @@ def _check_timing(vllm_config: VllmConfig, spec: GriffinSpeculativeConfig) -> No
     found = vllm_config.model_config.max_model_len
     if found < needed:
         raise ValueError(
-            f"num_speculative_tokens_per_batch_size='auto' times steps of up to {needed} tokens, and "
-            f"max_model_len is {found}: name num_speculative_tokens instead"
+            "num_speculative_tokens_per_batch_size='auto', which a draft with tree_acceptance turns on, "
+            f"times steps of up to {needed} tokens, and max_model_len is {found}: name "
+            "num_speculative_tokens instead"
         )
 
 

@@ -1,12 +1,6 @@
-"""The variables ``VLLM_GRIFFIN_*``, checked at the start of an engine."""
+"""The variables ``VLLM_GRIFFIN_*``: made known to vLLM, and checked at the start of an engine."""
 
 import os
-
-import torch
-
-from vllm_griffin.config_errors import advice
-from vllm_griffin.kernels.backend import use_triton
-from vllm_griffin.trace import open_trace
 
 PREFIX = "VLLM_GRIFFIN_"
 KNOWN = (
@@ -18,6 +12,18 @@ KNOWN = (
 )
 
 
+def register_variables() -> None:
+    """Enters those that are set in vLLM's list, so that it neither warns of them nor refuses to start.
+
+    Their value there is None: it would become part of the key of compiled graphs, which do not depend on it.
+    """
+    from vllm import envs
+
+    for name in KNOWN:
+        if name in os.environ:
+            envs.environment_variables.setdefault(name, lambda: None)
+
+
 def check_environment() -> None:
     """Refuses a variable that is misspelt, or whose value would end a worker.
 
@@ -27,10 +33,15 @@ def check_environment() -> None:
         ValueError: names the variable and what it may be.
         RuntimeError: Triton is demanded on a CPU, but is not interpreted there.
     """
-    # Deferred: attention needs Triton, whose absence is said elsewhere.
+    # Deferred: every process of vLLM's loads this module, and attention needs Triton, whose absence is
+    # said elsewhere.
+    import torch
     from vllm.platforms import current_platform
 
     from vllm_griffin.attention.prefix import demanded_form
+    from vllm_griffin.config_errors import advice
+    from vllm_griffin.kernels.backend import use_triton
+    from vllm_griffin.trace import open_trace
 
     for name in os.environ:
         if name.startswith(PREFIX) and name not in KNOWN:

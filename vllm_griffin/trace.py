@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO
 
+# Ids of the requests whose steps are timed at start-up begin so; they are not traced.
+START_UP = "griffin-start-up-"
+
 
 @dataclass(frozen=True)
 class TraceRecord:

@@ -127,7 +127,7 @@ SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "inexact verification": (
         {"rejection_sample_method": "block"},
         f"{FIELD}['rejection_sample_method']='block' is not supported with method 'griffin': leave "
-        "it at 'standard'; tree verification is always exact",
+        "it at 'standard', which is exact, or take 'synthetic' for benchmarks",
     ),
     "forced acceptance in earnest": (
         {"synthetic_acceptance_length": 2.0},
@@ -373,7 +373,8 @@ ENGINES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no room to time steps": (
         {"max_model_len": 50, "spec": AUTO | {"tree_acceptance": {"9,3,3": 2.0}}},
-        "num_speculative_tokens_per_batch_size='auto' times steps of up to 61 tokens, and "
+        "num_speculative_tokens_per_batch_size='auto', which a draft with tree_acceptance turns on, "
+        "times steps of up to 61 tokens, and "
         "max_model_len is 50: name num_speculative_tokens instead",
     ),
     "sliding window": (

@@ -132,11 +132,14 @@ def test_replays_give_what_eager_steps_give(case: str) -> None:
 
 
 def test_a_shared_budget_replays_the_draft() -> None:
-    """Which rows a request had in such a step is known on the device only."""
+    """Which rows a request had in such a step is known on the device only.
+
+    The captured sizes are multiples of a tree's rows, as a user may give them.
+    """
     log: list[str] = []
     spec = {"num_speculative_tokens": 5, "tree_depth": 3, "tree_top_k": 2, "tree_budget": 3}
     with (
-        replaying([1, 3, 12], log),
+        replaying([6, 12, 18], log),
         engine("tiny", spec, max_num_seqs=3, enable_prefix_caching=False) as llm,
     ):
         eager = run(llm, requests())
@@ -154,8 +157,8 @@ def test_the_captured_first_pass_is_the_eager_one() -> None:
     spec["num_speculative_tokens_per_batch_size"] = [[1, 1, 5], [2, 64, 2]]
     accepted, prompts = [], []
     with (
-        replaying([1, 3, 12], []),
-        engine("tiny", spec, max_num_seqs=3, enable_prefix_caching=False) as llm,
+        replaying([1, 4, 24], []),
+        engine("tiny", spec, max_num_seqs=4, enable_prefix_caching=False) as llm,
         torch.inference_mode(),
     ):
         capture(llm)
@@ -184,11 +187,11 @@ def test_the_captured_first_pass_is_the_eager_one() -> None:
         run(llm, requests())
         assert len(prompts) == 3 and {1, 2, 3} <= set(accepted)
         # Requests that fill up a graph write nothing, whoever was there before.
-        rows = graphs._rows.of(3)
+        rows = graphs._rows.of(4)
         rows = replace(rows, slots=torch.zeros_like(rows.slots), positions=rows.positions + 7)
         graphs.replay(rows)
-        graphs.replay(rows.of(2))
-        assert (graphs._rows.slots[2] == PAD_SLOT_ID).all() and graphs._rows.positions[2] == 0
+        graphs.replay(rows.of(3))
+        assert (graphs._rows.slots[3] == PAD_SLOT_ID).all() and graphs._rows.positions[3] == 0
 
 
 def test_every_tree_that_may_be_chosen_has_a_graph() -> None:

@@ -265,8 +265,8 @@ def _accepted_length(llm: LLM, pairs: list[list[Request]]) -> float:
     return outcome.acceptance_length
 
 
-def test_an_easy_request_gets_what_a_hard_one_cannot_use() -> None:
-    """The draft knows one text of a batch and not the other; the rows of a step are as many."""
+def test_as_much_is_accepted_as_with_trees_of_their_own() -> None:
+    """Two requests of which one is hard to draft for; the rows of a step are as many."""
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for i, easy in enumerate(heldout_requests(3, 60, 48)):

@@ -46,18 +46,27 @@ class TreeAttentionMixin:
 
     def _refuse_unsupported(self) -> None:
         if getattr(self, "attn_type", AttentionType.DECODER) != AttentionType.DECODER:
-            raise ValueError("method 'griffin' supports decoder attention only")
+            raise ValueError(
+                "method 'griffin' supports decoder attention only: use a decoder-only target"
+            )
         for name in ("alibi_slopes", "sinks", "logits_soft_cap"):
             value = getattr(self, name, None)
             if value is not None and not (isinstance(value, (int, float)) and value == 0):
-                raise ValueError(f"method 'griffin' does not support attention with {name}")
+                raise ValueError(
+                    f"method 'griffin' does not support attention with {name}: use a target without"
+                )
         # The engine's own check comes before a checkpoint may name such a cache.
         cache_dtype = getattr(self, "kv_cache_dtype", "auto")
         if is_quantized_kv_cache(cache_dtype):
-            raise ValueError(f"method 'griffin' does not support kv_cache_dtype={cache_dtype!r}")
+            raise ValueError(
+                f"method 'griffin' does not support kv_cache_dtype={cache_dtype!r}: leave it at 'auto', or "
+                "use a checkpoint that names no such cache"
+            )
         window = getattr(self, "sliding_window", None)
         if window not in (None, -1, (-1, -1)):
-            raise ValueError(f"method 'griffin' does not support sliding_window={window}")
+            raise ValueError(
+                f"method 'griffin' does not support sliding_window={window}: use a full-attention target"
+            )
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """No: tree rows are written as they are, whatever vLLM's own part could do."""
@@ -266,7 +275,10 @@ def choose_form(
     )
     found = faster_forms(shape, impl.vllm_flash_attn_version, device)
     logger.info_once(
-        "griffin: FlashAttention attends the prefix of trees, by requests: %s", str(found)
+        "griffin: what attends the prefix of trees, by the number of requests from which on: %s",
+        ", ".join(
+            f"{n}: {'FlashAttention' if flash else 'our kernel'}" for n, flash in found.items()
+        ),
     )
     return found
 

@@ -126,6 +126,9 @@ def faster_forms(shape: Shape, fa_version: int, device: torch.device) -> dict[in
             flash_attention(fa_version), num_splits=shape.graph_splits if captured else 0
         )
         split, prefix = both_forms(shape, batch, flash, device)
+        if device.type == "cuda":
+            # Graphs are timed on a stream of their own, which would not wait for these inputs.
+            torch.cuda.synchronize(device)
         # Launched one by one, what is short would be timed by how long the host takes to launch it.
         bench = do_bench_cudagraph if captured else do_bench
         found[batch] = bench(prefix, return_mode="median") < bench(split, return_mode="median")

@@ -160,7 +160,8 @@ class ChatTemplate:
         if untold and not spans:
             raise ValueError(
                 f"the chat template renders the conversation up to turn {untold} otherwise than as the "
-                "beginning of the whole, so the assistant's tokens cannot be told"
+                "beginning of the whole, so the assistant's tokens cannot be told: with --generate the "
+                "target answers the first turn itself"
             )
         return tokens, spans
 

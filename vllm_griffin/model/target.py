@@ -41,7 +41,7 @@ def target_parts(target: nn.Module) -> TargetParts:
         if part is None or isinstance(part, PPMissingLayer):
             raise TargetError(
                 f"griffin does not support the target model {type(target).__name__}: it has no "
-                f"`{name}` on this rank for the draft to share"
+                f"`{name}` on this rank for the draft to share; use a target that has one"
             )
     processor = _plain(getattr(language, "logits_processor", None))
     assert embedding is not None and head is not None

@@ -4,6 +4,7 @@ The target's verification is captured by vLLM; this is the like for drafting, on
 manager of graphs (memory pool, warm-up, tensor parallel capture, memory estimate at start-up).
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -52,8 +53,29 @@ class TreeStart:
         )
 
 
-class ExtendGraphs(CudaGraphManager):
-    """The draft's first pass over a batch of decodes, captured for each of vLLM's batch sizes."""
+class RequestGraphs(CudaGraphManager):
+    """Graphs by number of requests, of which each has rows of its own.
+
+    There is one for each size that vLLM captures, and for each number of trees that its full graphs of
+    the target hold: sizes that a user gives may be multiples of a tree's rows.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        mode = CUDAGraphMode.FULL_DECODE_ONLY
+        super().__init__(vllm_config, device, mode, decode_query_len=1)
+
+    def _init_candidates(self) -> None:
+        rows = 1 + self.vllm_config.num_speculative_tokens
+        sizes = self.compilation_config.cudagraph_capture_sizes or []
+        # vLLM rounds each size up to whole trees.
+        trees = {-(-size // rows) for size in sizes}
+        self.compilation_config = copy.copy(self.compilation_config)
+        self.compilation_config.cudagraph_capture_sizes = sorted({*sizes, *trees})
+        super()._init_candidates()
+
+
+class ExtendGraphs(RequestGraphs):
+    """The draft's first pass over a batch of decodes."""
 
     def __init__(
         self,
@@ -71,8 +93,7 @@ class ExtendGraphs(CudaGraphManager):
                 written before each replay.
             start: Written by the graphs; read by `TreeGraphs`.
         """
-        mode = CUDAGraphMode.FULL_DECODE_ONLY
-        super().__init__(vllm_config, device, mode, decode_query_len=1)
+        super().__init__(vllm_config, device)
         self._extend = extend
         self._rows, self._start = rows, start
         most = self.compilation_config.max_cudagraph_capture_size
@@ -118,8 +139,8 @@ class ExtendGraphs(CudaGraphManager):
         return self._start.of(num_reqs)
 
 
-class TreeGraphs(CudaGraphManager):
-    """Growth of trees, captured for each of vLLM's batch sizes and each size of tree."""
+class TreeGraphs(RequestGraphs):
+    """Growth of trees, captured for each size of tree."""
 
     def __init__(
         self,
@@ -138,8 +159,7 @@ class TreeGraphs(CudaGraphManager):
             buffers: As many requests as the engine serves; read by the graphs at their addresses.
                 The block table is kept up by vLLM, the rest is written before each replay.
         """
-        mode = CUDAGraphMode.FULL_DECODE_ONLY
-        super().__init__(vllm_config, device, mode, decode_query_len=1)
+        super().__init__(vllm_config, device)
         self._grow = grow
         self._buffers = buffers
         self._trees: dict[TreeBatchDescriptor, OrderedTree] = {}

@@ -1,4 +1,4 @@
-"""Where the rows of a captured first pass and of a tree's levels are: for each batch size the same.
+"""Where the rows of a captured first pass and of a tree's levels are: the same in every step.
 
 Shapes: B requests of the batch, P rows of a path, K nodes of a level, L expanded levels.
 """
@@ -23,22 +23,32 @@ class LevelRows:
     # [L, B * K] int64: place of each row's keys and values
     write_rows: torch.Tensor
 
+    def of(self, batch: int) -> "LevelRows":
+        """The first requests'."""
+        top_k = self.write_rows.shape[1] // len(self.q_start)
+        return LevelRows(
+            self.q_start[:batch],
+            self.num_rows[:batch],
+            self.tail_start[:batch],
+            self.write_rows[:, : batch * top_k],
+        )
+
 
 @functools.cache
-def level_rows(batch: int, top_k: int, scratch_size: int, device: torch.device) -> LevelRows:
-    """The layout of one batch size, made once.
+def level_rows(most: int, top_k: int, scratch_size: int, device: torch.device) -> LevelRows:
+    """The layout of the largest batch, `most` requests, made once; smaller ones are its beginnings.
 
     Args:
         scratch_size: Places of a request, L * K.
     """
-    request = torch.arange(batch, device=device)
+    request = torch.arange(most, device=device)
     tail_start = request * scratch_size
     places = tail_start.unsqueeze(1) + torch.arange(scratch_size, device=device)
     return LevelRows(
         q_start=(request * top_k).to(torch.int32),
-        num_rows=torch.full((batch,), top_k, dtype=torch.int32, device=device),
+        num_rows=torch.full((most,), top_k, dtype=torch.int32, device=device),
         tail_start=tail_start,
-        write_rows=places.view(batch, -1, top_k).transpose(0, 1).flatten(1),
+        write_rows=places.view(most, -1, top_k).transpose(0, 1).flatten(1),
     )
 
 
@@ -55,7 +65,7 @@ class ChainRows:
 
 @functools.cache
 def chain_rows(batch: int, max_path: int, device: torch.device) -> ChainRows:
-    """The layout of one batch size, made once."""
+    """The layout of one captured batch size, made once."""
     own = one_hot_bits(torch.arange(max_path, device=device), num_words(max_path))
     return ChainRows(
         q_start=(torch.arange(batch, device=device) * max_path).to(torch.int32),

@@ -84,14 +84,14 @@ class TreeSpeculator(DraftModelSpeculator):
         if hasattr(target_model, "get_model_state_cls"):
             raise ValueError(
                 f"method 'griffin' does not support {type(target_model).__name__}: it brings a "
-                f"model state of its own"
+                "model state of its own; use a text-only decoder"
             )
         layers = self.vllm_config.compilation_config.static_forward_context
         for name in sorted(target_attn_layer_names):
             if not isinstance(layers[name].impl, TreeAttentionMixin):
                 raise ValueError(
                     f"method 'griffin' does not support attention by {type(layers[name]).__name__} "
-                    f"({name})"
+                    f"({name}): use a full-attention target"
                 )
         self._target = target_model
         state = functools.partial(GriffinModelState, trees=self.trees, verifier=self.verifier)
@@ -427,7 +427,7 @@ class TreeSpeculator(DraftModelSpeculator):
         index: int,
     ) -> TreeLevel:
         batch, k = frontier.tokens.shape
-        rows = level_rows(batch, k, grower.scratch_size, self.device)
+        rows = level_rows(self.max_num_reqs, k, grower.scratch_size, self.device).of(batch)
         context = TreeContext(
             block_table=start.block_table,
             prefix_lens=start.prefix_lens,
@@ -439,15 +439,19 @@ class TreeSpeculator(DraftModelSpeculator):
         return TreeLevel(context, *scratch, rows.write_rows[index])
 
     def _profile_verification(self, hidden_states: torch.Tensor) -> None:
-        """Lets memory profiling see a verification's logits, and the copy of a chunk that is sampled from.
+        """Lets memory profiling see a verification's logits, and the copies of a chunk that is sampled from.
 
         vLLM's own profiling takes one row of logits a request.
         """
+        assert self.verifier.verifier is not None
         assert self._target is not None
         rows = min(len(hidden_states), self.max_num_reqs * (1 + self.num_nodes))
         logits = self._target.compute_logits(hidden_states[:rows])
         if logits is not None:
-            logits[: max_chunk_rows(logits.shape[1])].to(torch.float32, copy=True)
+            chunk = logits[: max_chunk_rows(logits.shape[1])]
+            # FlashInfer, where it draws, holds masked logits and probabilities beside the copy.
+            more = 2 if self.verifier.verifier.sampler.use_flashinfer else 0
+            chunk.to(torch.float32, copy=True).repeat(more, 1)
 
     def _dummy_propose(self, num_reqs: int, num_tokens: int) -> torch.Tensor:
         """Runs the draft once without a cache, so that memory profiling sees its largest pass."""

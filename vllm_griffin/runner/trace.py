@@ -9,11 +9,10 @@ from collections import OrderedDict
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_griffin.kernels.verify import Walk
-from vllm_griffin.trace import TraceRecord, open_trace
+from vllm_griffin.trace import START_UP, TraceRecord, open_trace
 from vllm_griffin.tree import DraftTrees
 
-# Requests of the measurement at start-up (`vllm_griffin.cost`) are nobody's, nor are those of vLLM's warm-up.
-START_UP = "griffin-start-up-"
+# Nobody sent them: the measurement's (`vllm_griffin.cost`), and those of vLLM's warm-up.
 NOBODYS = (START_UP, "_warmup_")
 # Of so many requests that left last, the number of steps is kept.
 LEFT = 1024
