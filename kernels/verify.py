@@ -10,7 +10,6 @@ Shape letters: L rows with logits, B requests of the batch, S request slots, N d
 # A Triton kernel annotates its constexpr arguments only.
 # ruff: noqa: ANN001, ANN202
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,26 +28,6 @@ class Walk(NamedTuple):
     tokens: torch.Tensor
     # [B] int32: length of the path, root included = number of new tokens
     num_accepted: torch.Tensor
-
-
-def verify_tree(tokens: Sequence[int], parents: Sequence[int], sampled: Sequence[int]) -> list[int]:
-    """Accepted rows of one tree, root first: the specification of `walk_tree`.
-
-    ``tokens[c - 1]`` is the token of row ``c``, ``parents[c]`` its parent's row, ``sampled[c]`` the
-    target's draw there.
-    """
-    path = [0]
-    while True:
-        here = path[-1]
-        matching = (
-            c
-            for c in range(1, len(parents))
-            if parents[c] == here and tokens[c - 1] == sampled[here]
-        )
-        child = next(matching, None)
-        if child is None:
-            return path
-        path.append(child)
 
 
 def walk_tree_reference(

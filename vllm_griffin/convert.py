@@ -13,7 +13,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from vllm_griffin import provenance
 from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint, find_folder
-from vllm_griffin.model.config import PAPER_TREE, read_json
+from vllm_griffin.model.config import PAPER_TREE, read_json, target_sizes
 from vllm_griffin.model.embedding import add_embedding, leave_out_embedding
 from vllm_griffin.model.speculators import verifier_name, wrap
 from vllm_griffin.tree_shape import TreeShape
@@ -83,10 +82,7 @@ def convert(
     draft = DraftCheckpoint.open(source, revision=revision)
     layout = draft.validate()
     target_folder = find_folder(target)
-    target_config = read_json(target_folder / "config.json")
-    draft.check_target(
-        *(_size(target_config, n, target_folder) for n in ("hidden_size", "vocab_size"))
-    )
+    draft.check_target(*target_sizes(target_folder, "hidden_size", "vocab_size"))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not an empty folder: give a new one")
     tensors = dict(draft.weights())
@@ -99,7 +95,8 @@ def convert(
         config = _griffin_config(draft, tree)
     if to == "speculators":
         name = verifier_name(verifier if verifier is not None else target)
-        config = wrap(config, name, target_config.get("architectures") or [])
+        architectures = read_json(target_folder / "config.json").get("architectures")
+        config = wrap(config, name, architectures or [])
     record = {
         "source": str(source),
         "revision": revision,
@@ -113,15 +110,6 @@ def convert(
     }
     _write(output, config, tensors, record, draft.folder)
     return Conversion(output, layout.name, embedding, tree)
-
-
-def _size(config: Mapping[str, Any], name: str, folder: Path) -> int:
-    value = config.get(name)
-    if not isinstance(value, int):
-        raise CheckpointError(
-            f"{folder / 'config.json'}: the target has no `{name}`, found {value!r}"
-        )
-    return value
 
 
 def _default_tree(draft: DraftCheckpoint) -> TreeShape:

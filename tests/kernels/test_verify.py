@@ -1,14 +1,35 @@
 """The walk: one tree in plain Python, the torch reference and the Triton kernel agree."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from vllm_griffin.kernels.verify import Walk, verify_tree, walk_tree_reference, walk_tree_triton
+from vllm_griffin.kernels.verify import Walk, walk_tree_reference, walk_tree_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = [walk_tree_reference, walk_tree_triton]
+
+
+def verify_tree(tokens: Sequence[int], parents: Sequence[int], sampled: Sequence[int]) -> list[int]:
+    """Accepted rows of one tree, root first.
+
+    ``tokens[c - 1]`` is the token of row ``c``, ``parents[c]`` its parent's row, ``sampled[c]`` the
+    target's draw there.
+    """
+    path = [0]
+    while True:
+        here = path[-1]
+        matching = (
+            c
+            for c in range(1, len(parents))
+            if parents[c] == here and tokens[c - 1] == sampled[here]
+        )
+        child = next(matching, None)
+        if child is None:
+            return path
+        path.append(child)
 
 
 def test_verify_tree_follows_the_draws():

@@ -97,7 +97,9 @@ def _temperatures(
 @click.option(
     "--exclude", multiple=True, type=_FILE, help="File of evaluation prompts, to be left out."
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the answers drawn."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's.")
 @click.option(
     "--tensor-parallel",

@@ -50,7 +50,13 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="nodes,depth,top_k or chain:length; repeatable.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Only the first prompts of each set.")
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Tokens of an answer, at most.",
+)
 @click.option(
     "--replay",
     type=click.Path(dir_okay=False, path_type=Path),

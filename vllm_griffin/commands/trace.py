@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--tokenizer",
-    type=click.Path(exists=True, file_okay=False),
-    help="Directory of the target's tokenizer; shows text in place of token ids.",
+    metavar="TARGET",
+    help="The target, folder or hub name; shows text in place of token ids.",
 )
 @click.option("--request", help="Only this request, by the id its client gave or got.")
 @click.option("--step", type=click.IntRange(min=0), help="Only this verify step of each request.")
@@ -63,10 +63,10 @@ def command(
     )
 
 
-def _decoder(directory: str | None) -> "Callable[[int], str] | None":
-    if directory is None:
+def _decoder(target: str | None) -> "Callable[[int], str] | None":
+    if target is None:
         return None
-    from transformers import AutoTokenizer
+    from vllm_griffin.data.chat import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = load_tokenizer(target)
     return lambda token: str(tokenizer.decode([token]))

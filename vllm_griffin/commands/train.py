@@ -1,15 +1,30 @@
 """``vllm-griffin train``: train a draft on training data."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from vllm_griffin.commands.options import config_option, reason
+from vllm_griffin.commands.options import F, config_option, reason
+from vllm_griffin.train.settings import PRESETS, Settings, staged
 
-# Read off the module of the settings when the command runs; here so that --help imports no torch.
-PRESETS = ("griffin", "griffin-published", "hass", "eagle2")
+
+def _setting(*names: str, help: str, **arguments: Any) -> Callable[[F], F]:
+    """An option for a field of `Settings`: None if it is not given, so that the preset decides.
+
+    The help tells the default, that of the preset "griffin" where presets differ.
+    """
+    flag = names[0]
+    field = next((name for name in names if not name.startswith("-")), flag.split("/")[0])
+    field = field.lstrip("-").replace("-", "_")
+    plain = getattr(Settings(), field)
+    values = [changes.get(field, plain) for changes in PRESETS.values()]
+    text = flag.split("/")[not values[0]] if isinstance(plain, bool) else str(values[0])
+    if len(set(values)) > 1:
+        text += " with griffin"
+    return click.option(*names, default=None, help=f"{help}  [default: {text}]", **arguments)
 
 
 def _stages(
@@ -41,54 +56,63 @@ def _stages(
 )
 @click.option(
     "--preset",
-    type=click.Choice(PRESETS),
+    type=click.Choice(list(PRESETS)),
     default="griffin",
     show_default=True,
     help="Defaults of the options below; each can still be given.",
 )
 @click.option("--init-from", type=click.Path(exists=True), help="Go on from this draft's weights.")
 @click.option("--steps", default=1000, show_default=True, help="Optimiser steps of all stages.")
-@click.option("--passes", type=click.IntRange(1), help="Passes of the last stage.")
+@click.option(
+    "--passes", type=click.IntRange(1), help="Passes of the last stage.  [default: by preset]"
+)
 @click.option(
     "--stages", callback=_stages, help="passes:steps, joined by commas; in place of the two above."
 )
-@click.option("--fusion/--no-tgf", default=None, help="Token-guided fusion.  [default: by preset]")
-@click.option(
-    "--two-heads/--no-teh", default=None, help="Token-enhanced head.  [default: by preset]"
+@_setting("--fusion/--no-tgf", help="Token-guided fusion.")
+@_setting("--two-heads/--no-teh", help="Token-enhanced head.")
+@_setting("--align-top-k", type=click.IntRange(0), help="k of the alignment mask; 0: no mask.")
+@_setting("--mask", type=click.Choice(["paper", "published"]), help="Form of that mask.")
+@_setting(
+    "--attention-mask",
+    "attention",
+    type=click.Choice(["proper", "published"]),
+    help="Its softmax: as in decoding, or as published.",
 )
-@click.option("--align-top-k", type=click.IntRange(0), help="k of the alignment mask; 0: no mask.")
-@click.option("--mask", type=click.Choice(["paper", "published"]), help="Form of that mask.")
-@click.option("--attention-mask", "attention", type=click.Choice(["proper", "published"]))
-@click.option("--feature-weight", type=float, help="Smooth L1 on features.")
-@click.option("--token-weight", type=float, help="Soft cross-entropy.")
-@click.option("--top-weight", type=float, help="Top-10 term, stages of several passes only.")
-@click.option("--tvd-weight", type=float, help="Total variation distance.")
-@click.option("--tvd-plus-weight", type=float, help="TVD++.")
-@click.option(
+@_setting("--feature-weight", type=float, help="Smooth L1 on features.")
+@_setting("--token-weight", type=float, help="Soft cross-entropy.")
+@_setting("--top-weight", type=float, help="Top-10 term, stages of several passes only.")
+@_setting("--tvd-weight", type=float, help="Total variation distance.")
+@_setting("--tvd-plus-weight", type=float, help="TVD++.")
+@_setting(
     "--tvd-plus-set",
     type=click.Choice(["draft", "vocabulary"]),
     help="Over what TVD++ takes mean and deviation.",
 )
-@click.option(
+@_setting(
     "--vocabulary", type=click.IntRange(0), help="Losses over the most frequent tokens; 0: all."
 )
-@click.option("--prompt-loss/--no-prompt-loss", default=None, help="Train on prompts too.")
-@click.option("--noise", type=click.FloatRange(0), help="Uniform noise on input features.")
-@click.option("--batch-tokens", type=click.IntRange(1), help="Slots of a step.")
-@click.option("--optimiser", type=click.Choice(["muon", "adamw"]))
-@click.option("--lr", type=float, help="AdamW.")
-@click.option("--muon-lr", type=float, help="Muon, for matrices.")
-@click.option("--later-lr", type=float, help="Factor on both after the first stage.")
-@click.option("--warmup", type=click.IntRange(0), help="Steps, in each stage.")
-@click.option("--decay", type=click.FloatRange(0, 1), help="Last part of a stage, linear to 0.")
-@click.option("--clip", type=click.FloatRange(0), help="Bound on the gradient's norm; 0: none.")
-@click.option("--clip-value", type=click.FloatRange(0), help="Bound on its elements; 0: none.")
-@click.option("--bf16/--no-bf16", default=None, help="Autocast; slow where the CPU has no bf16.")
-@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None)
-@click.option("--seed", type=int)
-@click.option("--validate-every", type=click.IntRange(1), help="Steps.")
-@click.option("--validate-documents", type=click.IntRange(1), help="Held-out documents to look at.")
-@click.option("--save-every", type=click.IntRange(1), help="Steps.")
+@_setting("--prompt-loss/--no-prompt-loss", help="Train on prompts too.")
+@_setting("--noise", type=click.FloatRange(0), help="Uniform noise on input features.")
+@_setting("--batch-tokens", type=click.IntRange(1), help="Slots of a step.")
+@_setting(
+    "--optimiser",
+    type=click.Choice(["muon", "adamw"]),
+    help="muon: for matrices, AdamW for the rest.",
+)
+@_setting("--lr", type=float, help="AdamW.")
+@_setting("--muon-lr", type=float, help="Muon, for matrices.")
+@_setting("--later-lr", type=float, help="Factor on both after the first stage.")
+@_setting("--warmup", type=click.IntRange(0), help="Steps, in each stage.")
+@_setting("--decay", type=click.FloatRange(0, 1), help="Last part of a stage, linear to 0.")
+@_setting("--clip", type=click.FloatRange(0), help="Bound on the gradient's norm; 0: none.")
+@_setting("--clip-value", type=click.FloatRange(0), help="Bound on its elements; 0: none.")
+@_setting("--bf16/--no-bf16", help="Autocast; slow where the CPU has no bf16.")
+@_setting("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time.")
+@_setting("--seed", type=int, help="Of weights, order of documents and noise.")
+@_setting("--validate-every", type=click.IntRange(1), help="Steps between validations.")
+@_setting("--validate-documents", type=click.IntRange(1), help="Held-out documents to look at.")
+@_setting("--save-every", type=click.IntRange(1), help="Steps between checkpoints.")
 @click.option("--shards", type=click.IntRange(1), help="Use only the first shards of the data.")
 @click.option("--report-to", help="A tracker that accelerate knows, such as tensorboard.")
 @click.option(
@@ -130,13 +154,11 @@ def command(
         from vllm_griffin.train.loop import Trainer, TrainingError
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error}: pip install 'vllm-griffin[train]'") from error
-    from vllm_griffin.train.settings import PRESETS as CHANGES
-    from vllm_griffin.train.settings import Settings, staged
 
     if threads:
         torch.set_num_threads(threads)
     try:
-        changes = dict(CHANGES[preset])
+        changes = dict(PRESETS[preset])
         last = passes or changes.pop("passes")
         changes.pop("passes", None)
         chosen = {name: value for name, value in options.items() if value is not None}
@@ -249,6 +271,6 @@ def _data_record(folder: Path, target: str) -> dict[str, Any]:
     if not record.get("finished"):
         raise ValueError(f"{folder} is not finished: run its vllm-griffin data again, it goes on")
     made_for = record["settings"].get("target")
-    if made_for != target:
+    if made_for is None or Path(made_for) != Path(target):
         click.echo(f"note: {folder} was made for the target {made_for}, not {target}", err=True)
     return record | {"folder": str(folder)}

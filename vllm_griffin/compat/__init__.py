@@ -1,6 +1,7 @@
 """The seams to vLLM: ``patches.py`` lists each name that is replaced, once.
 
-Attributes of single objects go through ``patch.replace_attribute``.
+Attributes of single objects go through ``patch.replace_attribute``; methods of single modules are put past
+torch's own ``__setattr__``, into their ``__dict__`` (``runner/speculator.py``).
 """
 
 import sys

@@ -37,16 +37,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return Batch(
-            features=self.features.to(device),
-            tokens=self.tokens.to(device),
-            wanted=self.wanted.to(device),
-            labels=self.labels.to(device),
-            positions=self.positions.to(device),
-            drafted=self.drafted.to(device),
-            answer=self.answer.to(device),
-            starts=self.starts,
-        )
+        tensors = {name: x.to(device) for name, x in vars(self).items() if name != "starts"}
+        return Batch(**tensors, starts=self.starts)
 
 
 def pack(states: States, documents: Iterable[int], prompt_loss: bool = False) -> Batch:

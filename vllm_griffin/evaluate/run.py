@@ -19,6 +19,7 @@ from vllm_griffin.evaluate.replay import replay_outputs
 from vllm_griffin.evaluate.states import OutputStates, fingerprint
 from vllm_griffin.evaluate.steps import PromptSteps, compare
 from vllm_griffin.model.checkpoint import DraftCheckpoint, find_folder
+from vllm_griffin.model.config import target_sizes
 from vllm_griffin.train.checkpoint import load_draft
 from vllm_griffin.train.network import Draft
 from vllm_griffin.train.setup import TargetParts, load_target_parts
@@ -62,12 +63,14 @@ class Evaluation:
                 err=True,
             )
         self.prompts = load_prompts(list(request.prompts), tokenizer, request.limit)
-        head, context = self.parts.head, int(self.parts.config["max_position_embeddings"])
+        hidden, vocabulary, context = target_sizes(
+            self.target_folder, "hidden_size", "vocab_size", "max_position_embeddings"
+        )
         # Of each draft, the tokens that it drafts from; None: all.
         self.vocabularies: dict[str, list[int] | None] = {}
         for draft in request.drafts:
             checkpoint = DraftCheckpoint.open(draft)
-            checkpoint.check_target(hidden_size=head.shape[1], vocab_size=head.shape[0])
+            checkpoint.check_target(hidden, vocabulary)
             checkpoint.validate()
             self.vocabularies[draft] = checkpoint.vocabulary(request.draft_vocab_size)
         for prompt in self.prompts:
@@ -92,7 +95,7 @@ class Evaluation:
 
     @cached_property
     def parts(self) -> TargetParts:
-        """The target's config, embedding and head."""
+        """The target's config, embedding and head, for a replay; the engine has its own."""
         return load_target_parts(self.target_folder)
 
     def wanted(self, per_set: int | None = None) -> list[tuple[Prompt, float]]:
@@ -124,6 +127,8 @@ class Evaluation:
             check: So many prompts of each set are run in the engine too.
         """
         check_depth(self.request.trees)
+        # A target that cannot be replayed is refused before it is asked for outputs.
+        parts = self.parts
         states = OutputStates(
             self._stored(file), file.with_name(f"{file.stem}.states"), self.target_folder
         )
@@ -137,7 +142,7 @@ class Evaluation:
             with _bar(f"replay {Path(draft).name} {tree}", len(states.outputs)) as done:
                 found[draft, tree] = replay_outputs(
                     network,
-                    self.parts,
+                    parts,
                     states,
                     tree,
                     context=context,

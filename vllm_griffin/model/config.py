@@ -174,6 +174,21 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def target_sizes(folder: Path, *names: str) -> list[int]:
+    """Whole numbers of a target's `config.json`.
+
+    Raises:
+        CheckpointError: It lacks one; the first is named.
+    """
+    config = read_json(folder / "config.json")
+    for name in names:
+        if not isinstance(config.get(name), int):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: the target has no `{name}`, found {config.get(name)!r}"
+            )
+    return [config[name] for name in names]
+
+
 def tree_defaults(config: Mapping[str, Any], source: str = "config.json") -> dict[str, int]:
     """Tree settings a draft recommends in the optional `"tree"` entry of its `config.json`.
 

@@ -12,14 +12,13 @@ whether the slot's own token was hit by the pass before, takes hits from prompts
     m_n[t] = answer[t] * hit_{n-1}[t] * hit_{n-2}[t-1] * ... * hit_0[t-n+1]    (published)
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from vllm_griffin.data.batch import Batch
-
-Reading = Literal["paper", "published"]
+from vllm_griffin.train.settings import Reading
 
 
 class Alignment:

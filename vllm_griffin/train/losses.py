@@ -5,40 +5,15 @@ part: then teacher and draft are both renormalised over it).
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AveragingSet = Literal["draft", "vocabulary"]
+from vllm_griffin.train.settings import AveragingSet, Objective
+
 CHUNK = 512  # slots whose logits exist at one time
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Weights of what compares p, the target's next-token distribution, with the draft's q, per slot.
-
-    `token`: soft cross-entropy -sum_v p_v log q_v.
-    `top`: HASS's term, the same over the ten best tokens of p, not renormalised.
-    `tvd`: total variation distance 1 - sum_v min(p_v, q_v), which is the chance of rejection.
-    `tvd_plus`: TVD++ (Goel et al., arXiv 2403.00858), the policy gradient of TVD with a normalised reward
-        A = (r - mean) / std, r_v = 1 where q_v is not above p_v: -sum_v q_v A_v log q_v, q_v A_v constant.
-    `tvd_plus_set`: over what mean and deviation are taken, which the paper leaves open: "draft" weighs
-        tokens by q; "vocabulary" takes all alike, in the sum as well: -mean_v A_v log q_v.
-    """
-
-    token: float = 0.1
-    top: float = 0.5
-    tvd: float = 0.0
-    tvd_plus: float = 0.0
-    tvd_plus_set: AveragingSet = "draft"
-
-    def __post_init__(self) -> None:
-        if self.tvd_plus_set not in get_args(AveragingSet):
-            raise ValueError(
-                f"TVD++ set {self.tvd_plus_set!r} is not one of {', '.join(get_args(AveragingSet))}"
-            )
 
 
 @dataclass

@@ -43,24 +43,31 @@ class DraftConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any], **changes: Any) -> "DraftConfig":
-        """Read the fields of a `config.json`; `changes` win over it."""
+    def from_dict(
+        cls,
+        raw: dict[str, Any],
+        *,
+        fusion: bool,
+        two_heads: bool,
+        qkv_bias: bool = False,
+        head_dim: int = 0,
+    ) -> "DraftConfig":
+        """Read the sizes of a `config.json`, the target's or a draft's; its `head_dim` is not looked at."""
         rope = raw.get("rope_parameters") or {}
         heads = raw["num_attention_heads"]
-        eagle = "EagleLlamaForCausalLM" in (raw.get("architectures") or [])
-        fields: dict[str, Any] = {
-            "vocab_size": raw["vocab_size"],
-            "hidden_size": raw["hidden_size"],
-            "intermediate_size": raw["intermediate_size"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-            "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
-            "rope_theta": raw.get("rope_theta") or rope.get("rope_theta") or 10000.0,
-            "qkv_bias": bool(raw.get("qkv_bias", False)),
-            "fusion": not eagle,
-            "two_heads": not eagle,
-        }
-        return cls(**(fields | changes))
+        return cls(
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=raw.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+            qkv_bias=qkv_bias,
+            fusion=fusion,
+            two_heads=two_heads,
+            head_dim=head_dim,
+        )
 
 
 class RMSNorm(nn.Module):

@@ -10,15 +10,14 @@ Legend of shapes: T slots, h hidden size, nh heads, d head size, S feature sets 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vllm_griffin.train.network import Draft, causal_attention
-
-AttentionForm = Literal["proper", "published"]
+from vllm_griffin.train.settings import AttentionForm
 
 
 def feed_back(regress: Tensor, features: Tensor, positions: Tensor) -> Tensor:

@@ -1,11 +1,41 @@
-"""The settings of a training run, and the presets: what each published method is in these terms."""
+"""The settings of a training run, and the presets: what each published method is in these terms.
+
+This module knows no torch, so that the command line's help can tell the defaults.
+"""
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
-from vllm_griffin.train.align import Reading
-from vllm_griffin.train.losses import AveragingSet, Objective
-from vllm_griffin.train.passes import AttentionForm
+# The paper's or the published code's reading of the alignment mask (`align`) and of attention (`passes`).
+Reading = Literal["paper", "published"]
+AttentionForm = Literal["proper", "published"]
+AveragingSet = Literal["draft", "vocabulary"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weights of what compares p, the target's next-token distribution, with the draft's q, per slot.
+
+    `token`: soft cross-entropy -sum_v p_v log q_v.
+    `top`: HASS's term, the same over the ten best tokens of p, not renormalised.
+    `tvd`: total variation distance 1 - sum_v min(p_v, q_v), which is the chance of rejection.
+    `tvd_plus`: TVD++ (Goel et al., arXiv 2403.00858), the policy gradient of TVD with a normalised reward
+        A = (r - mean) / std, r_v = 1 where q_v is not above p_v: -sum_v q_v A_v log q_v, q_v A_v constant.
+    `tvd_plus_set`: over what mean and deviation are taken, which the paper leaves open: "draft" weighs
+        tokens by q; "vocabulary" takes all alike, in the sum as well: -mean_v A_v log q_v.
+    """
+
+    token: float = 0.1
+    top: float = 0.5
+    tvd: float = 0.0
+    tvd_plus: float = 0.0
+    tvd_plus_set: AveragingSet = "draft"
+
+    def __post_init__(self) -> None:
+        if self.tvd_plus_set not in get_args(AveragingSet):
+            raise ValueError(
+                f"TVD++ set {self.tvd_plus_set!r} is not one of {', '.join(get_args(AveragingSet))}"
+            )
 
 
 @dataclass
@@ -19,7 +49,7 @@ class Settings:
         align_top_k: The k of the alignment mask; 0: no mask (HASS).
         mask, attention: The paper's or the published code's readings, see `align` and `passes`.
         feature_weight: Of the smooth-L1 loss on `regress`.
-        token_weight, top_weight, tvd_weight, tvd_plus_weight, tvd_plus_set: See `losses.Objective`; the
+        token_weight, top_weight, tvd_weight, tvd_plus_weight, tvd_plus_set: See `Objective`; the
             top-10 term is left out of one-pass stages.
         vocabulary: How many of the most frequent tokens the losses look at; 0: all.
         prompt_loss: Train on prompts as on answers.

@@ -8,7 +8,7 @@ from vllm_griffin.train.align import Alignment
 from vllm_griffin.train.losses import LossVocabulary, feature_loss, head_terms
 from vllm_griffin.train.network import Draft
 from vllm_griffin.train.passes import multi_pass
-from vllm_griffin.train.settings import Settings
+from vllm_griffin.train.settings import Objective, Settings
 
 VALIDATION_PASSES = 6  # the depth of the paper's tree
 VALIDATION_TOKENS = 8192  # slots at one time
@@ -96,7 +96,7 @@ def held_out_counts(draft: Draft, vocabulary: LossVocabulary, batch: Batch) -> d
         "chain": 0,
         "top3": 0,
     }
-    objective = Settings(token_weight=1.0).objective(1)
+    objective = Objective(token=1.0, top=0.0)
     outputs = multi_pass(
         draft, batch.features, batch.tokens, batch.positions, batch.starts, VALIDATION_PASSES
     )
