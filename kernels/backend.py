@@ -5,9 +5,15 @@ Triton kernel is the production path on GPUs. ``VLLM_GRIFFIN_KERNELS`` overrides
 ``auto`` (default), ``torch`` or ``triton``.
 """
 
+import functools
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ENV = "VLLM_GRIFFIN_KERNELS"
 CHOICES = ("auto", "torch", "triton")
@@ -45,6 +51,20 @@ def use_triton(device: torch.device) -> bool:
             f"TRITON_INTERPRET=1 before the process starts, or {ENV}=torch"
         )
     return choice == "triton"
+
+
+def dispatched(reference: Callable[P, R], kernel: Callable[..., R]) -> Callable[P, R]:
+    """The op that runs `kernel` where `use_triton` says so, and `reference`, its specification, elsewhere.
+
+    Its first tensor is given by position and decides by its device.
+    """
+
+    @functools.wraps(reference)
+    def op(*args: P.args, **named: P.kwargs) -> R:
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        return (kernel if use_triton(device) else reference)(*args, **named)
+
+    return op
 
 
 def describe(device: torch.device) -> str:

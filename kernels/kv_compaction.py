@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_griffin.kernels.backend import use_triton
+from vllm_griffin.kernels.backend import dispatched
 
 # Rows are copied, not computed with: only their width matters.
 COPIED_AS = {1: tl.int8, 2: tl.int16, 4: tl.int32}
@@ -59,7 +59,16 @@ def compact_kv_reference(
     # [B] int32
     num_accepted: torch.Tensor,
 ) -> None:
-    """`compact_kv` with torch: gather all, then scatter."""
+    """Move the accepted path of every request to the front of its rows.
+
+    Args:
+        caches: Of the layers that share these slots.
+        slots: ``block * block_size + offset`` of every row of the batch.
+        row_start: Index into ``slots`` of each request's root row.
+        path: Accepted rows of the tree, strictly increasing from 0.
+        num_accepted: Length of the path, root included; 0 or 1 moves nothing.
+    """
+    # All is gathered before it is scattered.
     block_size = caches.keys[0].shape[2]
     places = torch.arange(path.shape[1], device=path.device)
     accepted = places < num_accepted.unsqueeze(1)
@@ -163,25 +172,4 @@ def compact_kv_triton(
     )  # fmt: skip
 
 
-def compact_kv(
-    caches: PagedCaches,
-    # [T] int64
-    slots: torch.Tensor,
-    # [B] int32
-    row_start: torch.Tensor,
-    # [B, max_path] int32
-    path: torch.Tensor,
-    # [B] int32
-    num_accepted: torch.Tensor,
-) -> None:
-    """Move the accepted path of every request to the front of its rows.
-
-    Args:
-        caches: Of the layers that share these slots.
-        slots: ``block * block_size + offset`` of every row of the batch.
-        row_start: Index into ``slots`` of each request's root row.
-        path: Accepted rows of the tree, strictly increasing from 0.
-        num_accepted: Length of the path, root included; 0 or 1 moves nothing.
-    """
-    op = compact_kv_triton if use_triton(path.device) else compact_kv_reference
-    op(caches, slots, row_start, path, num_accepted)
+compact_kv = dispatched(compact_kv_reference, compact_kv_triton)

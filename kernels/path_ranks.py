@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_griffin.kernels.backend import use_triton
+from vllm_griffin.kernels.backend import dispatched
 
 
 def path_ranks_reference(
@@ -36,7 +36,18 @@ def path_ranks_reference(
     # [S] int32
     num_nodes: torch.Tensor,
 ) -> torch.Tensor:
-    """`path_ranks` with torch."""
+    """Nodes and depth of each request's verified tree, then the ranks of its accepted nodes.
+
+    Args:
+        path: Accepted rows as `walk_tree` gives them, the root first, 0 past the path.
+        cu_num_logits: Where each request's rows begin; a tree is verified as far as it has rows.
+        idx_mapping: Slot of each request.
+        parents, depths: Trees by slot.
+        num_nodes: Valid nodes of the slot's tree, 0 = none.
+
+    Returns:
+        [B, 1 + max_path] int64: the nodes, the depth, then at 1 + i the rank at depth i.
+    """
     slots = idx_mapping.long()
     rows = torch.arange(1, parents.shape[1], device=path.device)
     verified = rows < (cu_num_logits[1:] - cu_num_logits[:-1]).unsqueeze(1)
@@ -115,31 +126,4 @@ def path_ranks_triton(
     return out
 
 
-def path_ranks(
-    # [B, max_path] int32
-    path: torch.Tensor,
-    # [B + 1] int32
-    cu_num_logits: torch.Tensor,
-    # [B] int64
-    idx_mapping: torch.Tensor,
-    # [S, 1 + N] int32
-    parents: torch.Tensor,
-    # [S, 1 + N] int32
-    depths: torch.Tensor,
-    # [S] int32
-    num_nodes: torch.Tensor,
-) -> torch.Tensor:
-    """Nodes and depth of each request's verified tree, then the ranks of its accepted nodes.
-
-    Args:
-        path: Accepted rows as `walk_tree` gives them, the root first, 0 past the path.
-        cu_num_logits: Where each request's rows begin; a tree is verified as far as it has rows.
-        idx_mapping: Slot of each request.
-        parents, depths: Trees by slot.
-        num_nodes: Valid nodes of the slot's tree, 0 = none.
-
-    Returns:
-        [B, 1 + max_path] int64: the nodes, the depth, then at 1 + i the rank at depth i.
-    """
-    op = path_ranks_triton if use_triton(path.device) else path_ranks_reference
-    return op(path, cu_num_logits, idx_mapping, parents, depths, num_nodes)
+path_ranks = dispatched(path_ranks_reference, path_ranks_triton)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_griffin.kernels.backend import use_triton
+from vllm_griffin.kernels.backend import dispatched
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -36,7 +36,15 @@ def fusion_norms_reference(
     input_weight: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """`fusion_norms` with torch."""
+    """Input ``[T, 2h]`` of the fusion MLP.
+
+    Args:
+        a: Output of ``fc.fc``, the fused token embedding and feature; rows contiguous.
+        e: Token embedding; rows contiguous.
+        post_weight: ``fc.post_attention_layernorm.weight``.
+        input_weight: ``fc.mlp.input_layernorm.weight``, shared by both halves.
+        eps: ``rms_norm_eps`` of the config.
+    """
     fused = _rms_norm(_rms_norm(a, post_weight, eps), input_weight, eps)
     return torch.cat([fused, _rms_norm(e, input_weight, eps)], dim=-1)
 
@@ -106,25 +114,4 @@ def fusion_norms_triton(
     return out
 
 
-def fusion_norms(
-    # [T, h]
-    a: torch.Tensor,
-    # [T, h]
-    e: torch.Tensor,
-    # [h]
-    post_weight: torch.Tensor,
-    # [h]
-    input_weight: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
-    """Input ``[T, 2h]`` of the fusion MLP.
-
-    Args:
-        a: Output of ``fc.fc``, the fused token embedding and feature; rows contiguous.
-        e: Token embedding; rows contiguous.
-        post_weight: ``fc.post_attention_layernorm.weight``.
-        input_weight: ``fc.mlp.input_layernorm.weight``, shared by both halves.
-        eps: ``rms_norm_eps`` of the config.
-    """
-    op = fusion_norms_triton if use_triton(a.device) else fusion_norms_reference
-    return op(a, e, post_weight, input_weight, eps)
+fusion_norms = dispatched(fusion_norms_reference, fusion_norms_triton)

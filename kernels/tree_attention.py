@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_griffin.kernels.backend import interpreted, use_triton
+from vllm_griffin.kernels.backend import dispatched, interpreted
 from vllm_griffin.kernels.packed_bits import unpack_bits
 
 # Splitting a prefix pays from so many keys a part on; more parts cost more to merge than they win.
@@ -160,23 +160,33 @@ class Span:
 
 
 def tree_attention_reference(
-    # [T, H, D]
+    # [T, H, D], last dimension contiguous
     q: torch.Tensor,
     # [num_blocks, H_kv, block_size, D], any strides
     k_cache: torch.Tensor,
     # [num_blocks, H_kv, block_size, D], any strides
     v_cache: torch.Tensor,
-    # [num_tail_rows, H_kv, D]
+    # [num_tail_rows, H_kv, D], last dimension contiguous
     k_tail: torch.Tensor,
-    # [num_tail_rows, H_kv, D]
+    # [num_tail_rows, H_kv, D], last dimension contiguous
     v_tail: torch.Tensor,
     context: TreeContext,
     scale: float,
-    # [T, H, D]
+    # [T, H, D], last dimension contiguous
     out: torch.Tensor,
     scales: QuantScales | None = None,
 ) -> None:
-    """The formula above with torch, request by request; arguments as in `tree_attention`."""
+    """Write the attention of every request's tree rows into ``out``.
+
+    Args:
+        q: Queries of the batch; ``H`` must be a multiple of ``H_kv``.
+        k_cache, v_cache: The paged cache. Strides are free (CPU keys are stored transposed).
+        k_tail, v_tail: Keys and values that the tail bits speak of; not read if the tail is cached.
+        context: Which of them each row sees.
+        scale: Factor on the scores, usually ``D ** -0.5``.
+        out: Result, written in place; its dtype is that of the activations.
+        scales: Of a cache of 8-bit floats (``torch.float8_e4m3fn``, ``torch.float8_e5m2``).
+    """
     kv_heads = k_cache.shape[1]
     k_scale, v_scale, q_scale = scale_pointers(scales)
     for span in context.spans:
@@ -608,33 +618,4 @@ def tree_attention_triton(
         )  # fmt: skip
 
 
-def tree_attention(
-    # [T, H, D], last dimension contiguous
-    q: torch.Tensor,
-    # [num_blocks, H_kv, block_size, D], any strides
-    k_cache: torch.Tensor,
-    # [num_blocks, H_kv, block_size, D], any strides
-    v_cache: torch.Tensor,
-    # [num_tail_rows, H_kv, D], last dimension contiguous
-    k_tail: torch.Tensor,
-    # [num_tail_rows, H_kv, D], last dimension contiguous
-    v_tail: torch.Tensor,
-    context: TreeContext,
-    scale: float,
-    # [T, H, D], last dimension contiguous
-    out: torch.Tensor,
-    scales: QuantScales | None = None,
-) -> None:
-    """Write the attention of every request's tree rows into ``out``.
-
-    Args:
-        q: Queries of the batch; ``H`` must be a multiple of ``H_kv``.
-        k_cache, v_cache: The paged cache. Strides are free (CPU keys are stored transposed).
-        k_tail, v_tail: Keys and values that the tail bits speak of; not read if the tail is cached.
-        context: Which of them each row sees.
-        scale: Factor on the scores, usually ``D ** -0.5``.
-        out: Result, written in place; its dtype is that of the activations.
-        scales: Of a cache of 8-bit floats (``torch.float8_e4m3fn``, ``torch.float8_e5m2``).
-    """
-    op = tree_attention_triton if use_triton(q.device) else tree_attention_reference
-    op(q, k_cache, v_cache, k_tail, v_tail, context, scale, out, scales)
+tree_attention = dispatched(tree_attention_reference, tree_attention_triton)

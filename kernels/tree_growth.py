@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_griffin.kernels.backend import use_triton
+from vllm_griffin.kernels.backend import dispatched
 from vllm_griffin.kernels.packed_bits import one_hot_bits
 from vllm_griffin.kernels.tree_order import count_better, nan_to_minus_inf
 
@@ -54,7 +54,19 @@ def advance_frontier_reference(
     first_bit: int,
     width: int,
 ) -> AdvancedFrontier:
-    """`advance_frontier` with torch."""
+    """Score all children of the frontier and keep the ``width`` best as the next frontier.
+
+    ``score = frontier score + min(log-probability, 0)``, NaN becomes -inf; ties go to the lower
+    candidate index. The root's level is a frontier of one node with score 0 and no bits.
+
+    Args:
+        child_logprobs: Log-probabilities of each frontier node's candidates.
+        child_tokens: Their tokens.
+        frontier_scores: Cumulative log-probability of the frontier's nodes.
+        frontier_bits: Their own and their ancestors' places in the draft scratch buffer.
+        first_bit: Place of the next frontier's first node in that buffer.
+        width: Size of the next frontier, at most ``F * K``.
+    """
     num_children = child_logprobs.shape[2]
     words = frontier_bits.shape[2]
     scores = frontier_scores.unsqueeze(2) + child_logprobs.clamp(max=0.0)
@@ -179,32 +191,4 @@ def advance_frontier_triton(
     return frontier
 
 
-def advance_frontier(
-    # [B, F, K] float32
-    child_logprobs: torch.Tensor,
-    # [B, F, K] int64
-    child_tokens: torch.Tensor,
-    # [B, F] float32
-    frontier_scores: torch.Tensor,
-    # [B, F, W] int64
-    frontier_bits: torch.Tensor,
-    first_bit: int,
-    width: int,
-) -> AdvancedFrontier:
-    """Score all children of the frontier and keep the ``width`` best as the next frontier.
-
-    ``score = frontier score + min(log-probability, 0)``, NaN becomes -inf; ties go to the lower
-    candidate index. The root's level is a frontier of one node with score 0 and no bits.
-
-    Args:
-        child_logprobs: Log-probabilities of each frontier node's candidates.
-        child_tokens: Their tokens.
-        frontier_scores: Cumulative log-probability of the frontier's nodes.
-        frontier_bits: Their own and their ancestors' places in the draft scratch buffer.
-        first_bit: Place of the next frontier's first node in that buffer.
-        width: Size of the next frontier, at most ``F * K``.
-    """
-    op = (
-        advance_frontier_triton if use_triton(child_logprobs.device) else advance_frontier_reference
-    )
-    return op(child_logprobs, child_tokens, frontier_scores, frontier_bits, first_bit, width)
+advance_frontier = dispatched(advance_frontier_reference, advance_frontier_triton)

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_griffin.kernels.backend import use_triton
+from vllm_griffin.kernels.backend import dispatched
 from vllm_griffin.kernels.packed_bits import num_words, one_hot_bits
 
 
@@ -64,7 +64,22 @@ def order_tree_reference(
     # [B] bool
     spine_first: torch.Tensor | None = None,
 ) -> OrderedTree:
-    """`order_tree` with torch."""
+    """Choose the ``num_nodes`` best of the pool and order them spine first.
+
+    The spine runs from the root to the best-scored chosen child until there is none. The other
+    nodes follow by (score descending, pool index ascending), so a parent's row always precedes
+    its child's and every prefix of the rows is a tree.
+
+    Args:
+        pool_tokens: Tokens of the candidates.
+        pool_scores: Cumulative log-probabilities; a parent's is at least its child's.
+        pool_parents: Pool index of the parent, smaller than the child's own; -1 = the root.
+        pool_depths: Depth of each candidate, 1 for children of the root.
+        num_nodes: N, at most ``P``.
+        max_depth: Largest depth in the pool.
+        spine_first: Requests whose rows begin with the spine, None = all; the rows of the others are
+            by score alone.
+    """
     batch, pool_size = pool_scores.shape
     scores = nan_to_minus_inf(pool_scores)
     chosen = scores.argsort(dim=1, descending=True, stable=True)[:, :num_nodes]
@@ -336,37 +351,4 @@ def order_tree_triton(
     return tree
 
 
-def order_tree(
-    # [B, P] int64
-    pool_tokens: torch.Tensor,
-    # [B, P] float32
-    pool_scores: torch.Tensor,
-    # [B, P] int32
-    pool_parents: torch.Tensor,
-    # [P] int32
-    pool_depths: torch.Tensor,
-    num_nodes: int,
-    max_depth: int,
-    # [B] bool
-    spine_first: torch.Tensor | None = None,
-) -> OrderedTree:
-    """Choose the ``num_nodes`` best of the pool and order them spine first.
-
-    The spine runs from the root to the best-scored chosen child until there is none. The other
-    nodes follow by (score descending, pool index ascending), so a parent's row always precedes
-    its child's and every prefix of the rows is a tree.
-
-    Args:
-        pool_tokens: Tokens of the candidates.
-        pool_scores: Cumulative log-probabilities; a parent's is at least its child's.
-        pool_parents: Pool index of the parent, smaller than the child's own; -1 = the root.
-        pool_depths: Depth of each candidate, 1 for children of the root.
-        num_nodes: N, at most ``P``.
-        max_depth: Largest depth in the pool.
-        spine_first: Requests whose rows begin with the spine, None = all; the rows of the others are
-            by score alone.
-    """
-    op = order_tree_triton if use_triton(pool_scores.device) else order_tree_reference
-    return op(
-        pool_tokens, pool_scores, pool_parents, pool_depths, num_nodes, max_depth, spine_first
-    )
+order_tree = dispatched(order_tree_reference, order_tree_triton)

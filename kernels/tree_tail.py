@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_griffin.kernels.backend import use_triton
+from vllm_griffin.kernels.backend import dispatched
 from vllm_griffin.kernels.tree_attention import (
     Blocks,
     QuantScales,
@@ -36,7 +36,7 @@ from vllm_griffin.kernels.tree_attention import (
 
 
 def tree_tail_reference(
-    # [T, H, D]
+    # [T, H, D], last dimension contiguous
     q: torch.Tensor,
     # [num_blocks, H_kv, block_size, D], any strides
     k_cache: torch.Tensor,
@@ -44,15 +44,26 @@ def tree_tail_reference(
     v_cache: torch.Tensor,
     context: TreeContext,
     scale: float,
-    # [T, H, D]
+    # [T, H, D], last dimension contiguous
     prefix_out: torch.Tensor,
     # [H, T] float32
     prefix_lse: torch.Tensor,
-    # [T, H, D]
+    # [T, H, D], last dimension contiguous
     out: torch.Tensor,
     scales: QuantScales | None = None,
 ) -> None:
-    """The formula above with torch, request by request; arguments as in `tree_tail`."""
+    """Write the attention of every request's tree rows into ``out``, from that to their prefix.
+
+    Args:
+        q: Queries of the batch; ``H`` must be a multiple of ``H_kv``.
+        k_cache, v_cache: The paged cache, which holds the tails too (``context.tail_cached``).
+        context: Prefixes, and which tail keys each row sees.
+        scale: Factor on the scores, usually ``D ** -0.5``.
+        prefix_out: Attention of each tree row to its request's prefix alone; may be ``out``.
+        prefix_lse: Natural logarithm of that row's sum of exp(score), as FlashAttention returns it.
+        out: Result, written in place; its dtype is that of the activations.
+        scales: Of a cache of 8-bit floats.
+    """
     group = q.shape[1] // k_cache.shape[1]
     k_scale, v_scale, q_scale = (
         None if x is None else x.repeat_interleave(group).view(-1, 1, 1)
@@ -235,34 +246,4 @@ def tree_tail_triton(
     )  # fmt: skip
 
 
-def tree_tail(
-    # [T, H, D], last dimension contiguous
-    q: torch.Tensor,
-    # [num_blocks, H_kv, block_size, D], any strides
-    k_cache: torch.Tensor,
-    # [num_blocks, H_kv, block_size, D], any strides
-    v_cache: torch.Tensor,
-    context: TreeContext,
-    scale: float,
-    # [T, H, D], last dimension contiguous
-    prefix_out: torch.Tensor,
-    # [H, T] float32
-    prefix_lse: torch.Tensor,
-    # [T, H, D], last dimension contiguous
-    out: torch.Tensor,
-    scales: QuantScales | None = None,
-) -> None:
-    """Write the attention of every request's tree rows into ``out``, from that to their prefix.
-
-    Args:
-        q: Queries of the batch; ``H`` must be a multiple of ``H_kv``.
-        k_cache, v_cache: The paged cache, which holds the tails too (``context.tail_cached``).
-        context: Prefixes, and which tail keys each row sees.
-        scale: Factor on the scores, usually ``D ** -0.5``.
-        prefix_out: Attention of each tree row to its request's prefix alone; may be ``out``.
-        prefix_lse: Natural logarithm of that row's sum of exp(score), as FlashAttention returns it.
-        out: Result, written in place; its dtype is that of the activations.
-        scales: Of a cache of 8-bit floats.
-    """
-    op = tree_tail_triton if use_triton(q.device) else tree_tail_reference
-    op(q, k_cache, v_cache, context, scale, prefix_out, prefix_lse, out, scales)
+tree_tail = dispatched(tree_tail_reference, tree_tail_triton)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_griffin.kernels.backend import use_triton
+from vllm_griffin.kernels.backend import dispatched
 
 
 class Walk(NamedTuple):
@@ -51,7 +51,20 @@ def walk_tree_reference(
     invalid: torch.Tensor | None,
     max_path: int,
 ) -> Walk:
-    """`walk_tree` with torch, all requests in step."""
+    """Walk every request's tree along the target's draws.
+
+    Args:
+        sampled: The target's draw at every row with logits.
+        cu_num_logits: Where each request's rows begin; the first is the root's, and there may be
+            fewer than ``1 + N`` (the scheduler trims trees). One row: no tree.
+        idx_mapping: Slot of each request.
+        tokens, parents: Trees by slot; row ``c`` has token ``tokens[slot, c - 1]``.
+        num_nodes: Valid nodes of the slot's tree, 0 = none.
+        spine_len, spine_only: Rows ``1 .. spine_len`` are the spine; a ``spine_only`` request
+            accepts no other row.
+        invalid: Rows that must not be accepted.
+        max_path: Longest path, root included.
+    """
     slots = idx_mapping.long()
     first = cu_num_logits[:-1].long()
     num_rows = cu_num_logits[1:].long() - first
@@ -177,43 +190,4 @@ def walk_tree_triton(
     return walk
 
 
-def walk_tree(
-    # [L] int64
-    sampled: torch.Tensor,
-    # [B + 1] int32
-    cu_num_logits: torch.Tensor,
-    # [B] int64
-    idx_mapping: torch.Tensor,
-    # [S, N] int64
-    tokens: torch.Tensor,
-    # [S, 1 + N] int32
-    parents: torch.Tensor,
-    # [S] int32
-    num_nodes: torch.Tensor,
-    # [S] int32
-    spine_len: torch.Tensor,
-    # [S] bool
-    spine_only: torch.Tensor,
-    # [L] bool
-    invalid: torch.Tensor | None,
-    max_path: int,
-) -> Walk:
-    """Walk every request's tree along the target's draws.
-
-    Args:
-        sampled: The target's draw at every row with logits.
-        cu_num_logits: Where each request's rows begin; the first is the root's, and there may be
-            fewer than ``1 + N`` (the scheduler trims trees). One row: no tree.
-        idx_mapping: Slot of each request.
-        tokens, parents: Trees by slot; row ``c`` has token ``tokens[slot, c - 1]``.
-        num_nodes: Valid nodes of the slot's tree, 0 = none.
-        spine_len, spine_only: Rows ``1 .. spine_len`` are the spine; a ``spine_only`` request
-            accepts no other row.
-        invalid: Rows that must not be accepted.
-        max_path: Longest path, root included.
-    """
-    op = walk_tree_triton if use_triton(sampled.device) else walk_tree_reference
-    return op(
-        sampled, cu_num_logits, idx_mapping, tokens, parents,
-        num_nodes, spine_len, spine_only, invalid, max_path,
-    )  # fmt: skip
+walk_tree = dispatched(walk_tree_reference, walk_tree_triton)
