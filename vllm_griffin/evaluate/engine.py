@@ -79,7 +79,6 @@ def _engine(
         enable_prefix_caching=False,
         async_scheduling=False,
         disable_log_stats=False,
-        skip_tokenizer_init=False,
         seed=0,
         speculative_config=(
             shape.speculative_config(draft, settings.draft_vocab_size) if shape and draft else None
@@ -184,7 +183,6 @@ class EngineRun:
 
     outputs: list[Output]
     prompts: list[PromptSteps]
-    counters: dict[str, Any]
 
 
 def evaluate_in_engine(
@@ -221,7 +219,7 @@ def evaluate_in_engine(
         records = read_trace(file)
     check_counters(counters, records)
     outputs = _outputs(wanted, answers, settings.max_tokens)
-    return EngineRun(list(outputs.values()), steps_of_trace(records, outputs), counters)
+    return EngineRun(list(outputs.values()), steps_of_trace(records, outputs))
 
 
 def _counters(llm: "LLM") -> dict[str, Any]:
