@@ -79,10 +79,10 @@ def _optional(file: Path) -> dict[str, Any]:
 
 
 def _relative(folder: Path) -> str:
-    """As seen from here; the name alone where it lies elsewhere."""
+    """As seen from here; the whole path where it lies elsewhere."""
     path = folder.absolute()
     here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _license(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from tests.training.data_target import MARKED, chat_target
 from vllm_griffin.cli import main
+from vllm_griffin.data.chat import load_tokenizer
 from vllm_griffin.data.documents import read_documents
 from vllm_griffin.data.make import target_sizes
 from vllm_griffin.data.shards import StoredStates
@@ -141,7 +143,7 @@ def test_lines_that_cannot_be_used(target: Path, tmp_path: Path) -> None:
         2: "not JSON",
         3: "no answer of an assistant (--generate makes one)",
         4: "empty line",
-        5: "a token id is outside the target's 60",
+        5: "token id 60 is outside the target's 60",
     }.items():
         assert f"skipped {path}, line {number}: {reason}" in output
     assert "4 lines or chats could not be used" in output
@@ -162,6 +164,20 @@ def test_a_target_without_a_template(small_target: Path, chats: Path, tmp_path: 
     # The failed run made nothing, so it does not bind the folder to its settings.
     output = succeed(*common, "--chat-template", template)
     assert "⟦yes!⟧" in output
+
+
+def test_tokens_that_the_target_lacks(target: Path, tmp_path: Path) -> None:
+    """A tokenizer may have been given more than the embedding has."""
+    wide = tmp_path / "target"
+    shutil.copytree(target, wide)
+    tokenizer = load_tokenizer(str(wide))
+    tokenizer.add_tokens(["ZZ"] * (60 - len(tokenizer)) + [f"Z{i}Z" for i in range(80)])
+    tokenizer.save_pretrained(wide)
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("abc", "ab Z79Z")))
+    output = succeed("--target", wide, "--input", path, "--output", tmp_path / "data")
+    assert "line 2: token id " in " ".join(output.split()) and "outside the target's 60" in output
+    assert len(read_documents(tmp_path / "data")) == 1
 
 
 def test_long_documents_are_cut_and_told(target: Path, tmp_path: Path) -> None:
@@ -230,7 +246,7 @@ def test_limit_and_dry_run(target: Path, chats: Path, tmp_path: Path) -> None:
 def test_a_yaml_file_gives_the_options(target: Path, chats: Path, tmp_path: Path) -> None:
     config = tmp_path / "data.yaml"
     config.write_text(
-        f"target: {target}\ninput: [{chats}]\nlimit: 5\nhidden-states: online\ntemperatures: [0, 1]\n"
+        f"target: {target}\ninput: {chats}\nlimit: 5\nhidden-states: online\ntemperatures: [0, 1]\n"
     )
     succeed("--config", config, "--output", tmp_path / "data", "--limit", 4)
     assert len(read_documents(tmp_path / "data")) == 4
@@ -243,6 +259,7 @@ def test_usage(target: Path, tmp_path: Path) -> None:
     assert "either --input FILE or --draw N" in fail(*common)
     output = fail(*common, "--draw", 1, "--temperatures", "0,warm")
     assert "numbers with commas between" in output
+    assert "temperatures are 0 or more" in fail(*common, "--draw", 1, "--temperatures", "nan")
     assert "is neither a model folder nor" in fail(
         "--target", tmp_path, "--output", tmp_path / "x", "--draw", 1
     )

@@ -73,6 +73,17 @@ def test_finished_shards_are_not_made_again(model: LlamaForCausalLM, tmp_path: P
     hidden.store(lambda: pytest.fail("nothing is missing"), DOCUMENTS, tmp_path, 19)
 
 
+def test_a_damaged_shard_is_named_and_made_again(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    hidden.store(lambda: counted(model, []), DOCUMENTS, tmp_path, 19)
+    shard = tmp_path / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is damaged .* data again"):
+        StoredStates(tmp_path)
+    hidden.store(lambda: counted(model, []), DOCUMENTS, tmp_path, 19)
+    assert shard.read_bytes() == whole
+
+
 def test_shards_of_other_documents_go(model: LlamaForCausalLM, tmp_path: Path) -> None:
     """As when the tokenizer has changed under a run that was stopped."""
     seen: list[int] = []

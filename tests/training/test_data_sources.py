@@ -56,6 +56,7 @@ def test_kinds(row: dict, content: object) -> None:
         ({"prompt_token_ids": [1], "response_token_ids": [True]}, None, "no list of token ids"),
         ({"prompt_token_ids": [], "response_token_ids": [1]}, None, "prompt_token_ids is empty"),
         ({"prompt": "a", "text": "b"}, "chat", "messages or conversations"),
+        ({"text": "half a pair: \ud83d"}, None, "surrogates not allowed"),
     ],
 )
 def test_unusable_rows_say_why(row: object, form: str | None, reason: str) -> None:
@@ -118,3 +119,19 @@ def test_a_json_list_and_plain_text(tmp_path: Path) -> None:
     found = read_records([listed, plain, binary], None, problems)
     assert [r.content for r in found] == [Chat([user("a")]), Text("words\nmore")]
     assert problems.count == 2
+
+
+def test_plain_text_in_another_format(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone?\r\n\n two? \n\xff\n")
+    problems = Problems(stop=False)
+    found = read_records([path], "prompts", problems)
+    assert [r.content for r in found] == [Chat([user("one?")]), Chat([user("two?")])]
+    assert problems.count == 1
+    with pytest.raises(click.ClickException, match="has no messages or conversations"):
+        read_records([path], "chat", Problems(stop=True))
+
+
+def test_numbers_beyond_64_bits_are_names(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"id": 1 << 70, "prompt": "a"})
+    assert [r.id for r in read_records([path], None, Problems(stop=True))] == [0]

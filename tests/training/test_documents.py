@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_griffin.data.batch import pack
-from vllm_griffin.data.documents import Document, read_documents, write_documents
+from vllm_griffin.data.documents import Document, read_documents, with_held_out, write_documents
 from vllm_griffin.train.losses import LossVocabulary
 from vllm_griffin.train.network import Draft, DraftConfig
 from vllm_griffin.train.step import held_out_counts
@@ -17,6 +17,18 @@ def test_documents_round_trip(tmp_path: Path) -> None:
     write_documents(tmp_path, documents)
     assert read_documents(tmp_path) == documents
     assert [d.held_out for d in documents] == [False, True]
+
+
+def test_some_are_held_out_however_they_are_numbered() -> None:
+    def numbered(*ids: int) -> list[Document]:
+        return [Document(i, [1, 2, 3], [(0, 3)]) for i in ids]
+
+    # One text in pieces, prompts numbered in tens with two documents each; and two that stay.
+    assert [d.id for d in with_held_out(numbered(*[7] * 40))] == list(range(40))
+    tens = with_held_out(numbered(*(10 * i for i in range(30)), *(10 * i for i in range(30))))
+    assert [d.id for d in tens] == [*range(30), *range(30)]
+    for ids in ([5] * 19, [*range(100, 130)]):
+        assert [d.id for d in with_held_out(numbered(*ids))] == ids
 
 
 @pytest.mark.parametrize(

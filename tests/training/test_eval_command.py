@@ -52,7 +52,7 @@ def test_engines_take_a_part_of_the_memory_and_run_here(monkeypatch):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     engine.prepare_process()
-    assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert 1 <= int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) <= 4
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 

@@ -51,6 +51,7 @@ def test_first_turns(tmp_path):
         ({"turns": []}, 'line 2: no "turns"'),
         ({"turns": [3]}, 'line 2: no "turns"'),
         ({"turns": ["x"], "question_id": None}, "line 2: int"),
+        ({"turns": ["\ud83d"]}, "line 2: 'utf-8' codec can't encode"),
         ({"turns": ["x"], "question_id": 1}, "line 2: question 1 is there twice"),
     ],
 )

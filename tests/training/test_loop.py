@@ -90,7 +90,7 @@ def test_other_settings_do_not_continue_a_run(
     trainer(small_target, small_data, tmp_path).run()
     with pytest.raises(TrainingError, match="noise"):
         trainer(small_target, small_data, tmp_path, noise=0.1)
-    with pytest.raises(TrainingError, match="stages"):
+    with pytest.raises(TrainingError, match=r"stages; begun with --stages 1:4,2:4, of which"):
         trainer(small_target, small_data, tmp_path, stages=[(1, 8)])
     assert trainer(small_target, small_data, tmp_path, stages=[(1, 4), (2, 9)]).step == 8
 
@@ -149,6 +149,40 @@ def test_the_best_draft_is_kept(small_target: Path, small_data: Path, tmp_path: 
     run.run()
     assert states[0] != states[1] == states[2]
     assert run.best == 3.0
+
+
+def test_answers_shorter_than_the_passes_have_a_best_draft(
+    small_target: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """There is nothing to accept of them, so the loss tells."""
+    run = trainer(small_target, small_data, tmp_path, stages=[(1, 6)], validate_every=2)
+    losses = iter([3.0, 2.0, 2.5])
+    run.validate = lambda: {**dict.fromkeys(  # type: ignore[method-assign]
+        ("val_agree0", "val_feature0", "val_agree1"), 0.0),
+        "chain": 1.0, "top3": 1.0, "val_token0": next(losses)}  # fmt: skip
+    run.run()
+    assert run.best == -2.0
+
+
+def test_a_damaged_checkpoint_is_named(
+    small_target: Path, small_data: Path, tmp_path: Path
+) -> None:
+    trainer(small_target, small_data, tmp_path).run()
+    saved = tmp_path / "checkpoint.pt"
+    for size in (0, saved.stat().st_size // 2):
+        saved.write_bytes(saved.read_bytes()[:size])
+        with pytest.raises(TrainingError, match=r"checkpoint\.pt is damaged"):
+            trainer(small_target, small_data, tmp_path)
+
+
+def test_a_draft_drafts_from_the_tokens_it_learnt(
+    small_target: Path, small_data: Path, tmp_path: Path
+) -> None:
+    for vocabulary, drafted in ((40, 40), (0, None), (99, None)):
+        folder = tmp_path / str(vocabulary)
+        trainer(small_target, small_data, folder, vocabulary=vocabulary).run()
+        config = json.loads((folder / "config.json").read_text())
+        assert config.get("draft_vocab_size") == drafted
 
 
 def test_bad_loss_stops_and_keeps_the_checkpoint(
@@ -311,6 +345,8 @@ def test_command_says_what_is_wrong(small_target: Path, small_data: Path, tmp_pa
     assert "unknown option bach_tokens" in run_command(*base, "--config", tmp_path / "c.yaml")
     assert "passes:steps" in run_command(*base, "--stages", "3")
     assert "too few" in run_command(*base, "--steps", "2")
+    shown = run_command(*base, "--stages", "1:2", "--warmup", "2", "--dry-run")
+    assert "its learning rate stays low" in " ".join(shown.split())
     (tmp_path / "empty").mkdir()
     shown = run_command("train", "--target", small_target, "--data", tmp_path / "empty",
                         "--output", tmp_path / "d")  # fmt: skip

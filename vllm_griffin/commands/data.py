@@ -1,11 +1,12 @@
 """``vllm-griffin data``: make a training set for a draft of a target."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import click
 
-from vllm_griffin.commands.options import config_option
+from vllm_griffin.commands.options import config_option, reason
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -18,7 +19,7 @@ def _temperatures(
         found = tuple(float(part) for part in parts)
     except ValueError as error:
         raise click.BadParameter("numbers with commas between, such as 0,0.7,1.0") from error
-    if not found or min(found) < 0:
+    if not found or not all(0 <= temperature < math.inf for temperature in found):
         raise click.BadParameter("temperatures are 0 or more")
     return found
 
@@ -136,4 +137,8 @@ def command(**options: Any) -> None:
     from vllm_griffin.data.make import make
     from vllm_griffin.data.settings import Settings
 
-    make(Settings(**options))
+    try:
+        make(Settings(**options))
+    except (ValueError, RuntimeError) as error:
+        # What vLLM and transformers say of a target that they cannot run.
+        raise click.ClickException(reason(error)) from error

@@ -28,6 +28,10 @@ def _load(context: click.Context, _parameter: click.Parameter, path: Path | None
             f"{path}: unknown option {', '.join(unknown)}; see {context.command_path} --help"
         )
     named = {names[key]: value for key, value in values.items()}
+    for parameter in context.command.params:
+        given = named.get(parameter.name or "")
+        if getattr(parameter, "multiple", False) and isinstance(given, str | int | float):
+            named[parameter.name] = [given]
     context.default_map = {**named, **(context.default_map or {})}
     return path
 

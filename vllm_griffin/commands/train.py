@@ -163,6 +163,13 @@ def command(
         changes.pop("passes", None)
         chosen = {name: value for name, value in options.items() if value is not None}
         settings = Settings(**(changes | chosen | {"stages": stages or staged(last, steps)}))
+        shortest = min(n for _, n in settings.stages)
+        if settings.warmup >= shortest:
+            click.echo(
+                f"note: a stage of {shortest} steps ends before the warm-up of {settings.warmup} does, so "
+                "that its learning rate stays low: give --warmup, or more steps",
+                err=True,
+            )
         data = _data_record(data_folder, target)
         online = data["settings"].get("hidden_states") == "online"
         if online and shards:

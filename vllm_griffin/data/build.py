@@ -85,7 +85,6 @@ class Builder:
                 tokens, spans = self.template.document(messages)
                 yield self._fitted(record.id, tokens, spans)
             case Tokens(prompt, response):
-                self._check_ids(prompt + response)
                 span = (len(prompt), len(prompt) + len(response))
                 yield self._fitted(record.id, prompt + response, [span])
             case Text(text):
@@ -95,16 +94,24 @@ class Builder:
     def _pieces(self, text: str) -> Iterator[list[int]]:
         length = min(self._settings.length or self._max_length, self._max_length)
         tokens = self.tokenizer(text, verbose=False)["input_ids"]
+        self._check_ids(tokens)
         for start in range(0, len(tokens), length):
             piece = tokens[start : start + length]
             if len(piece) > 2:  # fewer have nothing to predict
                 yield piece
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
-        if min(tokens) < 0 or max(tokens) >= self._vocabulary:
-            raise ValueError(f"a token id is outside the target's {self._vocabulary}")
+        """Refuse what the target's embedding lacks; a tokenizer may have more tokens.
+
+        Raises:
+            ValueError: Names the first such token.
+        """
+        wrong = next((t for t in tokens if not 0 <= t < self._vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"token id {wrong} is outside the target's {self._vocabulary}")
 
     def _fitted(self, number: int, tokens: list[int], spans: list[tuple[int, int]]) -> Document:
+        self._check_ids(tokens)
         length = self._max_length
         if len(tokens) > length:
             spans = [(a, min(b, length)) for a, b in spans if a < length]
@@ -136,13 +143,13 @@ class Builder:
             case Chat() as chat:
                 yield self._with_room(self.template.prompt(chat.opening))
             case Tokens(prompt):
-                self._check_ids(prompt)
                 yield self._with_room(prompt)
             case Text(text):
                 for piece in self._pieces(text):
                     yield self._with_room(piece[: self._settings.prompt_tokens])
 
     def _with_room(self, prompt: list[int]) -> list[int]:
+        self._check_ids(prompt)
         if len(prompt) >= self._max_length:
             raise ValueError(f"its {len(prompt)} tokens leave no room for an answer (--max-length)")
         return prompt

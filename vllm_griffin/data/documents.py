@@ -3,7 +3,7 @@
 import json
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,19 @@ class Document:
     def held_out(self) -> bool:
         """Whether the document is for validation; decided by its prompt alone."""
         return self.id % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def with_held_out(documents: list[Document]) -> list[Document]:
+    """The documents, numbered anew where their own numbers would hold none out: by prompt, or one by one.
+
+    Prompts may be numbered in tens, and a long text is one prompt of many documents.
+    """
+    if len(documents) < HELD_OUT_EVERY or any(d.held_out for d in documents):
+        return documents
+    prompts = {id_: number for number, id_ in enumerate(dict.fromkeys(d.id for d in documents))}
+    if len(prompts) < HELD_OUT_EVERY:
+        return [replace(d, id=number) for number, d in enumerate(documents)]
+    return [replace(d, id=prompts[d.id]) for d in documents]
 
 
 def write_documents(folder: str | Path, documents: Iterable[Document]) -> None:

@@ -35,13 +35,18 @@ def prepare_environment(threads: int | None) -> None:
 
     for name, value in {
         "VLLM_GRIFFIN_CPU": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
+        # GiB. vLLM itself would take nearly all memory, which the Hugging Face model needs as well.
+        "VLLM_CPU_KVCACHE_SPACE": str(min(4, max(1, _memory_gib() // 6))),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # Threads pinned by the engine would stay pinned for what this process does afterwards.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }.items():
         os.environ.setdefault(name, value)
     prepare_process()
+
+
+def _memory_gib() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
 
 
 @contextmanager

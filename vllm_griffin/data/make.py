@@ -11,12 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+from huggingface_hub.errors import StrictDataclassError
 
 from vllm_griffin.commands.options import reason
 from vllm_griffin.data import hidden, show
 from vllm_griffin.data.build import Builder
 from vllm_griffin.data.chat import load_tokenizer
-from vllm_griffin.data.documents import Document, write_documents
+from vllm_griffin.data.documents import Document, with_held_out, write_documents
 from vllm_griffin.data.engine import engine, prepare_environment
 from vllm_griffin.data.respond import Engine, Sampling, draw_prompts, respond
 from vllm_griffin.data.settings import Settings, claim
@@ -61,18 +62,24 @@ def target_sizes(target: Path) -> TargetSizes:
 
     try:
         config = AutoConfig.from_pretrained(target).get_text_config()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise click.ClickException(
             f"{target} is neither a model folder nor a model that the hub could give: {error}"
         ) from error
     window = getattr(config, "sliding_window", None)
     if window:
+        advice = f"if {window} tokens are enough, set sliding_window to null in a copy of its config.json"
+        if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+            advice = "take another target"
         raise click.ClickException(
             f"{target} attends through a sliding window of {window} tokens, and griffin serves full "
-            f"attention only: if {window} tokens are enough, set sliding_window to null in a copy of its "
-            "config.json"
+            f"attention only: {advice}"
         )
-    return TargetSizes(config.max_position_embeddings, config.hidden_size, config.vocab_size)
+    names = ("max_position_embeddings", "hidden_size", "vocab_size")
+    for name in names:
+        if not isinstance(getattr(config, name, None), int):
+            raise click.ClickException(f"{target}: its config has no {name}")
+    return TargetSizes(*(getattr(config, name) for name in names))
 
 
 def make(s: Settings) -> None:
@@ -149,6 +156,7 @@ def _documents(s: Settings, sizes: TargetSizes, folder: Path, sample: int | None
             documents, share = builder.given(records), 1.0
     if not documents:
         raise click.ClickException("there is nothing to train on in the inputs")
+    documents = with_held_out(documents)
     return Made(builder, documents, share, time.perf_counter() - start - llm.seconds)
 
 

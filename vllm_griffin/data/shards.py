@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -55,8 +55,11 @@ def holds(path: Path, documents: Sequence[Document]) -> bool:
     """Whether a finished shard has these documents."""
     if not path.exists():
         return False
-    with safe_open(path, "pt") as shard:
-        tokens = shard.get_tensor("tokens").tolist()
+    try:
+        with safe_open(path, "pt") as shard:
+            tokens = shard.get_tensor("tokens").tolist()
+    except SafetensorError:  # cut short after it was written
+        return False
     return tokens == [token for document in documents for token in document.tokens]
 
 
@@ -69,7 +72,12 @@ def _spans(marks: Tensor) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=64)  # a large data set has more shards than a process may have open files
 def _open(path: Path) -> Any:
-    return safe_open(path, "pt")
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): run its vllm-griffin data again, which makes it anew"
+        ) from error
 
 
 class StoredStates:

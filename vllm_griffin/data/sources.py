@@ -7,8 +7,8 @@ A line of JSONL is told apart by its fields:
     tokens   {"prompt_token_ids", "response_token_ids"}
     text     {"text"}
 
-A file that is one JSON list (as ShareGPT is published) is read as if each entry were a line, and a file
-that is neither is one plain text.
+A file that is one JSON list (as ShareGPT is published) is read as if each entry were a line. A file that is
+neither is one plain text, or as "prompts" a prompt a line.
 """
 
 import codecs
@@ -134,7 +134,8 @@ def read_records(paths: Sequence[Path], form: str | None, problems: Problems) ->
                 problems.add(where, error)
                 continue
             own = row.get("id") if len(paths) == 1 and isinstance(row, dict) else None
-            usable = isinstance(own, int) and not isinstance(own, bool) and own >= 0
+            # Training data hold 64 bits.
+            usable = isinstance(own, int) and not isinstance(own, bool) and 0 <= own < 1 << 63
             number = numbering.number(content, own if usable else None)
             records.append(Record(number, where, content))
     return records
@@ -153,8 +154,13 @@ def _entries(path: Path, form: str | None) -> Iterator[tuple[str, Callable[[], A
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 yield f"{path}, line {number}", partial(_json, line)
+    elif form == "prompts":
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}, line {number}", partial(_prompt, line)
     else:
-        yield str(path), partial(_plain, path)
+        yield str(path), partial(_plain, path, form)
 
 
 def _same(entry: Any) -> Any:
@@ -180,7 +186,16 @@ def _json(line: bytes) -> Any:
         raise ValueError("not UTF-8") from error
 
 
-def _plain(path: Path) -> Text:
+def _prompt(line: bytes) -> dict[str, str]:
+    try:
+        return {"prompt": line.decode("utf-8-sig").strip()}
+    except UnicodeDecodeError as error:
+        raise ValueError("not UTF-8") from error
+
+
+def _plain(path: Path, form: str | None) -> Text:
+    if form in ("chat", "tokens"):
+        raise ValueError(f"is no JSON and has no {_FIELDS[form]}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -227,6 +242,8 @@ def _filled(value: Any, name: str) -> str:
         raise ValueError(f"{name} is no text")
     if not value.strip():
         raise ValueError(f"{name} is empty")
+    # JSON can hold half a surrogate pair, which is no text and raises a ValueError here.
+    value.encode()
     return value
 
 

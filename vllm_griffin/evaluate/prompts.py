@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from vllm_griffin.data.chat import fixed_clock
 
 
@@ -52,6 +54,8 @@ def _first_turn(row: Any, place: int) -> tuple[int, str]:
     text = turns[0] if isinstance(turns, list) and turns else turns
     if not isinstance(text, str) or not text:
         raise ValueError('no "turns": ["..."] and no "prompt": "..."')
+    # JSON can hold half a surrogate pair, which is no text and raises a ValueError here.
+    text.encode()
     own = row.get("id")
     # An `id` may be a name, as in many data sets; a `question_id` is a number.
     number: Any = row.get("question_id", own if isinstance(own, int) else place)
@@ -81,11 +85,18 @@ def load_prompts(paths: list[Path], tokenizer: Any, limit: int | None = None) ->
 
 
 def encode(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of one user turn by the chat template, or of the text where there is none."""
+    """Token ids of one user turn by the chat template, or of the text where there is none.
+
+    Raises:
+        ValueError: The template refuses it.
+    """
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": text}]
-        encoded = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_dict=True, strftime_now=fixed_clock
-        )
+        try:
+            encoded = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_dict=True, strftime_now=fixed_clock
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses a prompt: {error}") from error
         return list(encoded["input_ids"])
     return list(tokenizer(text)["input_ids"])

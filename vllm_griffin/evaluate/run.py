@@ -19,7 +19,7 @@ from vllm_griffin.evaluate.replay import replay_outputs
 from vllm_griffin.evaluate.states import OutputStates, fingerprint
 from vllm_griffin.evaluate.steps import PromptSteps, compare
 from vllm_griffin.model.checkpoint import DraftCheckpoint, find_folder
-from vllm_griffin.model.config import target_sizes
+from vllm_griffin.model.config import read_json, target_sizes
 from vllm_griffin.train.checkpoint import load_draft
 from vllm_griffin.train.network import Draft
 from vllm_griffin.train.setup import TargetParts, load_target_parts
@@ -60,6 +60,13 @@ class Evaluation:
             click.echo(
                 "note: the target has no chat template, so prompts are given as they are (--chat-template "
                 "FILE gives one)",
+                err=True,
+            )
+        for name, value in _served_penalties(self.target_folder).items():
+            click.echo(
+                f"note: the target's generation_config.json sets {name}={value}, which a server gives to "
+                "requests that do not say otherwise, and which holds their trees to a chain; here it is off, "
+                "and so it is with vllm serve --generation-config vllm",
                 err=True,
             )
         self.prompts = load_prompts(list(request.prompts), tokenizer, request.limit)
@@ -285,3 +292,11 @@ def check_depth(trees: Sequence[TreeShape]) -> None:
     for tree in trees:
         if tree.levels > TAIL:
             raise ValueError(f"tree {tree}: a replay knows {TAIL} levels at most")
+
+
+def _served_penalties(target: Path) -> dict[str, float]:
+    """Penalties of a target's `generation_config.json`, by name."""
+    file = target / "generation_config.json"
+    config = read_json(file) if file.is_file() else {}
+    off = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    return {name: config[name] for name, none in off.items() if config.get(name, none) != none}

@@ -44,7 +44,13 @@ class OutputStates:
 
     def features(self, number: int) -> Tensor:
         """Hidden states [tokens - 1, h], float32: all but the last token's, which no draft sees."""
-        return load_file(self._file(self.outputs[number]))["hidden"].float()
+        file = self._file(self.outputs[number])
+        try:
+            return load_file(file)["hidden"].float()
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is damaged ({error}): remove it, and it is made anew"
+            ) from error
 
     def missing(self) -> list[int]:
         """Numbers of the outputs without stored states."""

@@ -150,6 +150,9 @@ def save_draft(
         save_file(state, scratch, metadata={"format": "pt"})
         scratch.chmod(0o644)
     config = draft_config_json(target, draft.config, str(dtype).removeprefix("torch."))
+    if vocabulary is not None and len(vocabulary) < draft.config.vocab_size:
+        # It learnt to tell these apart, and no others.
+        config["draft_vocab_size"] = len(vocabulary)
     write_json(folder / "config.json", config)
     if vocabulary is not None:
         with whole_file(folder / VOCABULARY_FILE) as scratch:
@@ -170,6 +173,8 @@ def load_draft(folder: str | Path, embeddings: Tensor | None = None) -> Draft:
     """
     checkpoint = DraftCheckpoint.open(folder)
     layout = checkpoint.validate()
+    if embeddings is not None:
+        checkpoint.check_target(hidden_size=embeddings.shape[1], vocab_size=embeddings.shape[0])
     rope = checkpoint.config.rope_parameters.get("rope_type", "default")
     if rope != "default":
         raise ValueError(f"{folder}: drafts with rope_type {rope!r} cannot be trained or replayed")

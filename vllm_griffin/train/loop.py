@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -123,14 +124,21 @@ class Trainer:
             self._check_unclaimed()
             self._forget_rows()
             return
-        saved = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+        try:
+            saved = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            raise TrainingError(
+                f"{path} is damaged, so the run cannot go on: give another folder, or remove this one"
+            ) from error
         wrong = self.settings.differences(saved["settings"])
         before = saved["made_from"]
         wrong += [name for name, value in self._made_from.items() if before.get(name) != value]
         done = _steps_until(saved["settings"]["stages"], saved["step"])
         if wrong or done != _steps_until(self.settings.stages, saved["step"]):
+            begun = ",".join(f"{passes}:{steps}" for passes, steps in saved["settings"]["stages"])
+            stages = f"stages; begun with --stages {begun}, of which the last can be made longer"
             raise TrainingError(
-                f"{self.folder} holds a run with other settings ({', '.join(wrong or ['stages'])}): "
+                f"{self.folder} holds a run with other settings ({', '.join(wrong or [stages])}): "
                 "give those, or another folder"
             )
         self.draft.load_state_dict(saved["draft"], strict=False)  # all but the frozen embedding
@@ -325,8 +333,10 @@ class Trainer:
             log.write(json.dumps(row) + "\n")
         self.accelerator.log(row, step=self.step)
         tqdm.write("  ".join(f"{k} {row[k]:.4g}" for k in SHOWN))
-        if row["top3"] > self.best:
-            self.best = row["top3"]
+        # Answers shorter than the passes have no roots: then the first pass's loss tells what is better.
+        quality = row["top3"] if row["top3"] > 1 else -row["val_token0"]
+        if quality > self.best:
+            self.best = quality
             kept = self.vocabulary.ranking.tolist() if self.settings.vocabulary else None
             try:
                 save_draft(self.draft, self.folder, self.target.config, dtype, kept)

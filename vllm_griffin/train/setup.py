@@ -86,8 +86,6 @@ def _logit_scale(config: dict[str, Any]) -> float:
 def new_draft(parts: TargetParts, *, fusion: bool = True, two_heads: bool = True) -> Draft:
     """A draft of the target's own layer sizes with the target's embedding.
 
-    Its heads share out the hidden size, as in all published drafts, also where the target's do not.
-
     Args:
         parts: Of the target.
         fusion: Token-guided fusion (TGF).
@@ -97,7 +95,12 @@ def new_draft(parts: TargetParts, *, fusion: bool = True, two_heads: bool = True
         KeyError: The target's configuration lacks a size; it is named.
     """
     try:
-        config = DraftConfig.from_dict(parts.config, fusion=fusion, two_heads=two_heads)
+        config = DraftConfig.from_dict(
+            parts.config,
+            fusion=fusion,
+            two_heads=two_heads,
+            head_dim=parts.config.get("head_dim") or 0,
+        )
     except KeyError as error:
         raise KeyError(f"the target's config.json has no {error.args[0]!r}") from error
     draft = Draft(config)
