@@ -153,6 +153,9 @@ def command(
     except (ValueError, OSError, KeyError, EngineError) as error:
         raise click.ClickException(reason(error)) from error
     _show(rows, checks)
+    if output is not None:
+        file = _write(evaluation, replay, rows, checks, output)
+    # After the result, which says whether the checkout had been changed before.
     if write_trees:
         from vllm_griffin.evaluate.trees import pooled_lengths
         from vllm_griffin.evaluate.trees import write_trees as write_lengths
@@ -164,18 +167,14 @@ def command(
                 raise click.ClickException(
                     f"{draft}: the trees are not written: {error}"
                 ) from error
-    if output is not None:
-        file = _write(evaluation, replay, rows, checks, output)
-        if write_card:
-            from vllm_griffin.card import write_card as write
+    if write_card:
+        from vllm_griffin.card import write_card as write
 
-            try:
-                for draft in request.drafts:
-                    write(Path(draft), file)
-            except (ValueError, OSError) as error:
-                raise click.ClickException(
-                    f"the result is kept, the card is not: {error}"
-                ) from error
+        try:
+            for draft in request.drafts:
+                write(Path(draft), file)
+        except (ValueError, OSError) as error:
+            raise click.ClickException(f"the result is kept, the card is not: {error}") from error
 
 
 def _check_options(
