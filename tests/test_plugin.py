@@ -105,6 +105,8 @@ def test_vllm_knows_our_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(envs, "environment_variables", dict(envs.environment_variables))
+    for name in [name for name in os.environ if name.startswith("VLLM_")]:
+        monkeypatch.delenv(name)  # vLLM itself sets some that it does not know
     for name in KNOWN:
         monkeypatch.setenv(name, "1")
     register_variables()

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -126,7 +125,8 @@ class Trainer:
             return
         try:
             saved = torch.load(path, weights_only=True, map_location=self.accelerator.device)
-        except (RuntimeError, EOFError, UnpicklingError) as error:
+        # For a damaged file: RuntimeError, UnpicklingError, EOFError, KeyError and more.
+        except Exception as error:
             raise TrainingError(
                 f"{path} is damaged, so the run cannot go on: give another folder, or remove this one"
             ) from error
