@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vllm_griffin import provenance
 from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint, find_folder
-from vllm_griffin.model.config import PAPER_TREE, read_json, target_sizes
+from vllm_griffin.model.config import PAPER_TREE, read_json, read_sizes
 from vllm_griffin.model.embedding import add_embedding, leave_out_embedding
 from vllm_griffin.model.speculators import verifier_name, wrap
 from vllm_griffin.tree_shape import TreeShape
@@ -82,7 +82,7 @@ def convert(
     draft = DraftCheckpoint.open(source, revision=revision)
     layout = draft.validate()
     target_folder = find_folder(target)
-    draft.check_target(*target_sizes(target_folder, "hidden_size", "vocab_size"))
+    draft.check_target(*read_sizes(target_folder, "hidden_size", "vocab_size"))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not an empty folder: give a new one")
     tensors = dict(draft.weights())

@@ -19,7 +19,7 @@ from vllm_griffin.evaluate.replay import replay_outputs
 from vllm_griffin.evaluate.states import OutputStates, fingerprint
 from vllm_griffin.evaluate.steps import PromptSteps, compare
 from vllm_griffin.model.checkpoint import DraftCheckpoint, find_folder
-from vllm_griffin.model.config import read_json, target_sizes
+from vllm_griffin.model.config import read_json, read_sizes
 from vllm_griffin.train.checkpoint import load_draft
 from vllm_griffin.train.network import Draft
 from vllm_griffin.train.setup import TargetParts, load_target_parts
@@ -70,7 +70,7 @@ class Evaluation:
                 err=True,
             )
         self.prompts = load_prompts(list(request.prompts), tokenizer, request.limit)
-        hidden, vocabulary, context = target_sizes(
+        hidden, vocabulary, context = read_sizes(
             self.target_folder, "hidden_size", "vocab_size", "max_position_embeddings"
         )
         # Of each draft, the tokens that it drafts from; None: all.

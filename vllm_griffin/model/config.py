@@ -174,7 +174,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def target_sizes(folder: Path, *names: str) -> list[int]:
+def read_sizes(folder: Path, *names: str) -> list[int]:
     """Whole numbers of a target's `config.json`.
 
     Raises:
