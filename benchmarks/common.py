@@ -24,9 +24,17 @@ def numbers(_context: click.Context, _parameter: click.Parameter, text: str) -> 
         raise click.BadParameter(f"{text!r} is not a list of integers") from None
 
 
-def plain_runners() -> tuple[str, ...]:
-    """vLLM's runners that are baselines: on a CPU both, elsewhere its newer one."""
-    return tuple(RUNNERS) if CPU in os.environ else ("V2",)
+def baseline_option(command: Any) -> Any:
+    """`--baseline`, given to a command as `baselines`: on a CPU both runners, elsewhere the newer one."""
+    return click.option(
+        "--baseline",
+        "baselines",
+        multiple=True,
+        type=click.Choice(list(RUNNERS)),
+        default=tuple(RUNNERS) if CPU in os.environ else ("V2",),
+        show_default=True,
+        help="vLLM's runner without speculation; repeatable.",
+    )(command)
 
 
 def forced(acceptance: float) -> dict[str, Any]:
@@ -35,20 +43,21 @@ def forced(acceptance: float) -> dict[str, Any]:
 
 
 def write_table(
-    output: Path, made: dict[str, Any], head: Sequence[str], rows: Sequence[Sequence[str]]
+    output: Path,
+    made: dict[str, Any],
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str] = (),
 ) -> None:
-    """Print a table, and write it beside the JSON file `output` with where it comes from."""
+    """Print a table, and write it beside the JSON file `output` with notes, command, machine and versions."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
     lines.insert(1, "|" + "---|" * len(head))
-    output.with_suffix(".md").write_text("\n".join([*lines, *origin(made)]))
-    click.echo("\n".join(lines))
-
-
-def origin(made: dict[str, Any]) -> list[str]:
-    """The last lines of a page: the command, the machine and the versions."""
+    lines += ["", *notes] if notes else []
     hardware = ", ".join(f"{k} {v}" for k, v in made["hardware"].items())
     versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
-    return ["", f"`{made['command']}`", "", f"{hardware}; commit {made['commit']}; {versions}", ""]
+    origin = f"`{made['command']}`\n\n{hardware}; commit {made['commit']}; {versions}\n"
+    output.with_suffix(".md").write_text("\n".join([*lines, "", origin]))
+    click.echo("\n".join(lines))
 
 
 def draw_engines(

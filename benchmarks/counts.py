@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import click
-from common import origin
+from common import write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "examples" / "models"
@@ -241,15 +241,12 @@ def main(output: Path, target: Path, draft: Path, tree: str, requests: int, step
     setting = {"tree": tree, "requests": requests, "steps": steps, "target": target.name}
     record = {"provenance": made, "setting": setting, "rows": rows}
     write_json(output, record | {"waits": dict(counter.places)})
-    lines = ["| part, per step | launches | MB | waits |", "|---|---|---|---|"]
-    for row in rows:
-        lines.append(
-            f"| {row['part']} | {row['launches']:.1f} | {row['bytes'] / 1e6:.2f} | {row['waits']:.1f} |"
-        )
-    output.with_suffix(".md").write_text(
-        "\n".join([*lines, "", json.dumps(setting), *origin(made)])
-    )
-    click.echo("\n".join(lines))
+    lines = [
+        [r["part"], f"{r['launches']:.1f}", f"{r['bytes'] / 1e6:.2f}", f"{r['waits']:.1f}"]
+        for r in rows
+    ]
+    head = ("part, per step", "launches", "MB", "waits")
+    write_table(output, made, head, lines, [json.dumps(setting)])
 
 
 if __name__ == "__main__":

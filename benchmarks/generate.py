@@ -22,10 +22,10 @@ import click
 from common import (
     CPU,
     RUNNERS,
+    baseline_option,
     draw_engines,
     forced,
     numbers,
-    plain_runners,
     write_table,
 )
 from engine_process import Decoding, Engine
@@ -42,10 +42,14 @@ HEAD = ("engine", "batch", "tokens/s (lowest - highest)", "of the best without s
 
 @contextmanager
 def engines(
-    target: str, specs: dict[str, dict[str, Any]], options: dict[str, Any], logs: Path
+    target: str,
+    baselines: Sequence[str],
+    specs: dict[str, dict[str, Any]],
+    options: dict[str, Any],
+    logs: Path,
 ) -> Iterator[dict[str, Engine]]:
-    """Engines by name: the two without speculation (on a CPU; elsewhere one), and one for each spec."""
-    plain = [(PLAIN[r], RUNNERS[r]) for r in plain_runners()]
+    """Engines by name: those without speculation, and one for each spec."""
+    plain = [(PLAIN[r], RUNNERS[r]) for r in baselines]
     with ExitStack() as stack:
         made = {}
         for name, environment in [*plain, *((name, RUNNERS["V2"]) for name in specs)]:
@@ -135,6 +139,7 @@ def griffin(draft: Path, tree: str, **fields: Any) -> dict[str, Any]:
 def common(command: Any) -> Any:
     """Options of both commands."""
     for option in (
+        baseline_option,
         click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path)),
         click.option("--batches", default="1,2,4", callback=numbers, show_default=True),
         click.option(
@@ -165,7 +170,13 @@ def main() -> None:
 @common
 @click.option("--target", help="Default: SmolLM2-135M-Instruct.")
 @click.option("--draft", default=SHIPPED, type=click.Path(exists=True, path_type=Path))
-@click.option("--prompts", default=8, show_default=True, help="MT-bench first turns.")
+@click.option(
+    "--prompts",
+    default=8,
+    show_default=True,
+    type=click.IntRange(1, 80),
+    help="MT-bench first turns, spread over its categories.",
+)
 def chat(
     target: str | None, draft: Path, prompts: int, trees: Sequence[str], **settings: Any
 ) -> None:
@@ -177,10 +188,9 @@ def chat(
 
     target = target or str(smollm2_instruct())
     tokenizer = AutoTokenizer.from_pretrained(target)
-    ids = [
-        encode(text, tokenizer)
-        for _, text in read_first_turns(ROOT / "examples/prompts/mt_bench.jsonl", prompts)
-    ]
+    turns = read_first_turns(ROOT / "examples/prompts/mt_bench.jsonl")
+    # The file is sorted by category.
+    ids = [encode(turns[i * len(turns) // prompts][1], tokenizer) for i in range(prompts)]
     specs = {f"tree {tree}": griffin(draft, tree) for tree in trees or ("auto",)}
     batches = {
         size: [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
@@ -247,7 +257,9 @@ def _run(
     if CPU not in os.environ:
         # All engines share the device.
         arguments["gpu_memory_utilization"] = 0.9 / (1 + len(specs))
-    with engines(target, specs, arguments | options, settings["logs"]) as made:
+    with engines(
+        target, settings["baselines"], specs, arguments | options, settings["logs"]
+    ) as made:
         rows = measure(made, batches, settings["max_tokens"], settings["rounds"])
     kept = {k: v for k, v in settings.items() if k not in ("output", "logs")}
     report(rows, made_by, kept | facts | {"engines": list(specs)}, settings["output"])

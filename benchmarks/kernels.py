@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 import torch
-from common import numbers, origin
+from common import numbers, write_table
 
 from vllm_griffin.attention.prefix import attend_from_prefix, flash_attention
 from vllm_griffin.kernels import (
@@ -39,6 +39,8 @@ from vllm_griffin.kernels.packed_bits import num_words
 from vllm_griffin.tree import TreeGrower
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEAD = ("op", "batch", "context", "ms", "of the floor", "of the reference",
+        "of the engine's chain", "of the prefix form")  # fmt: skip
 COPY_BYTES = 1 << 30 if DEVICE.type == "cuda" else 1 << 28
 
 
@@ -392,30 +394,21 @@ def report(rows: list[dict[str, Any]], speed: float, made: dict[str, Any], outpu
     runs = backend.describe(DEVICE)
     record = {"provenance": made, "runs": runs, "bytes_per_second": speed, "rows": rows}
     write_json(output, record)
-    lines = [
-        "| op | batch | context | ms | of the floor | of the reference | of the engine's chain | "
-        "of the prefix form |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
         ratios = [
             f"{row['ms'] / row[of]:.2f}" if row[of] else "-"
             for of in ("floor_ms", "reference_ms", "chain_ms", "prefix_ms")
         ]
-        lines.append(
-            f"| {row['op']} | {row['batch']} | {row['context'] or '-'} | {row['ms']:.3f} | "
-            + " | ".join(ratios)
-            + " |"
-        )
-    lines += ["", f"{runs}; a copy moves {speed / 1e9:.1f} GB/s."]
+        context = str(row["context"] or "-")
+        lines.append([row["op"], str(row["batch"]), context, f"{row['ms']:.3f}", *ratios])
+    notes = [f"{runs}; a copy moves {speed / 1e9:.1f} GB/s."]
     if DEVICE.type != "cuda":
-        lines += [
+        notes += [
             "The prefix form runs with torch in FlashAttention's place: its times say nothing."
         ]
-    lines += origin(made)
-    output.with_suffix(".md").write_text("\n".join(lines))
+    write_table(output, made, HEAD, lines, notes)
     draw([row for row in rows if row["chain_ms"]], output.with_suffix(".png"))
-    click.echo("\n".join(lines))
 
 
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:

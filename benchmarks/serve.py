@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import click
-from common import RUNNERS, draw_engines, plain_runners, write_table
+from common import RUNNERS, baseline_option, draw_engines, write_table
 
 from tests.load.server import launch
 
@@ -115,15 +115,7 @@ def bench(url: str, target: str, rate: str, arguments: Sequence[str], log: Path)
     show_default=True,
     help="nodes,depth,top_k; repeatable.",
 )
-@click.option(
-    "--baseline",
-    "baselines",
-    multiple=True,
-    type=click.Choice(list(RUNNERS)),
-    default=plain_runners(),
-    show_default=True,
-    help="vLLM's runner without speculation; repeatable.",
-)
+@baseline_option
 @click.option("--rates", default="1,4,inf", show_default=True, help="Requests per second.")
 @click.option("--server-arguments", "options", default="", help="Of every server, in one string.")
 @click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path))

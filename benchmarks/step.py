@@ -20,10 +20,10 @@ from typing import Any
 import click
 from common import (
     RUNNERS,
+    baseline_option,
     draw_engines,
     forced,
     numbers,
-    plain_runners,
     write_table,
 )
 from engine_process import Decoding, Engine
@@ -140,6 +140,7 @@ def report(
     help="nodes,depth,top_k; repeatable. One of top_k 1 is a chain.",
 )
 @click.option("--acceptance", default=5.38, show_default=True, help="Of trees; forced.")
+@baseline_option
 @click.option(
     "--chain", default=5, show_default=True, help="Drafts of vLLM's EAGLE; 0: without it."
 )
@@ -163,6 +164,7 @@ def report(
 def main(
     shape: str,
     trees: tuple[str, ...],
+    baselines: tuple[str, ...],
     acceptance: float,
     chain: int,
     chain_acceptance: float,
@@ -195,7 +197,7 @@ def main(
             "max_num_batched_tokens": PREFILL_TOKENS,
             "enable_prefix_caching": False,
         }
-        plain = {f"plain, runner {r}": r for r in plain_runners()}
+        plain = {f"plain, runner {r}": r for r in baselines}
         speculative = specs(draft, chain, chain_acceptance, trees, acceptance)
         for number, name in enumerate([*plain, *speculative]):
             click.echo(f"starting: {name}", err=True)

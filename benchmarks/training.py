@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common import origin
+from common import write_table
+
+HEAD = ("passes", "mask", "slots / s", "cost", "peak memory, MiB")
 
 
 def measure(
@@ -117,23 +119,16 @@ def main(
     rows = [summary(n, mask, found) for (n, mask), found in runs.items()]
     for row in rows:
         row["cost"] = round(row["seconds_per_slot"] / rows[0]["seconds_per_slot"], 3)
-    record = {"provenance": made, "rows": rows}
-    write_json(output, record)
-    page = markdown(record)
-    output.with_suffix(".md").write_text(page)
-    click.echo(page)
+    write_json(output, {"provenance": made, "rows": rows})
+    write_table(output, made, HEAD, [cells(row) for row in rows])
     plot(rows, output.with_suffix(".png"))
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The table, and where it comes from."""
-    lines = ["| passes | mask | slots / s | cost | peak memory, MiB |", "|---|---|---|---|---|"]
-    for row in record["rows"]:
-        lines.append(
-            f"| {row['passes']} | {'-' if row['passes'] == 1 else 'top 3' if row['mask'] else 'none'} | "
-            f"{1 / row['seconds_per_slot']:.0f} | {row['cost']:.2f} | {row['peak_bytes'] / 2**20:.0f} |"
-        )
-    return "\n".join([*lines, *origin(record["provenance"])])
+def cells(row: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    mask = "-" if row["passes"] == 1 else "top 3" if row["mask"] else "none"
+    slots, peak = 1 / row["seconds_per_slot"], row["peak_bytes"] / 2**20
+    return [str(row["passes"]), mask, f"{slots:.0f}", f"{row['cost']:.2f}", f"{peak:.0f}"]
 
 
 def summary(passes: int, mask: bool, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -52,20 +52,43 @@ def headers(source: str) -> Iterator[str]:
 @click.command()
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="JSONL file.")
 @click.option("--number", default=1500, show_default=True, type=click.IntRange(min=1))
-@click.option("--package", "packages", multiple=True, help="Installed package to use in place of the standard library.")
-@click.option("--with-examples", is_flag=True, help="Only functions, not methods, whose docstring has examples.")
+@click.option(
+    "--package",
+    "packages",
+    multiple=True,
+    help="Installed package to use in place of the standard library.",
+)
+@click.option(
+    "--with-examples",
+    is_flag=True,
+    help="Only functions, not methods, whose docstring has examples.",
+)
 @click.option("--seed", default=0, show_default=True)
-def main(output: Path, number: int, packages: tuple[str, ...], with_examples: bool, seed: int) -> None:
+def main(
+    output: Path, number: int, packages: tuple[str, ...], with_examples: bool, seed: int
+) -> None:
     """Write prompts that ask for functions to be completed."""
-    files = [path for name in packages for path in package_files(name)] if packages else stdlib_files()[0]
+    files = (
+        [path for name in packages for path in package_files(name)]
+        if packages
+        else stdlib_files()[0]
+    )
     found = {header for path in files for header in headers(read(path))}
     fitting = sorted(header for header in found if LENGTH[0] <= len(header) <= LENGTH[1])
     if with_examples:
-        fitting = [header for header in fitting if ">>>" in header and "(self" not in header.splitlines()[0]]
+        fitting = [
+            header
+            for header in fitting
+            if ">>>" in header and "(self" not in header.splitlines()[0]
+        ]
     chosen = random.Random(seed)
     functions = chosen.sample(fitting, min(number, len(fitting)))
     rows = [
-        {"id": i, "source": ",".join(packages) or "stdlib", "turns": [f"{chosen.choice(REQUESTS)}\n\n{function}\n"]}
+        {
+            "id": i,
+            "source": ",".join(packages) or "stdlib",
+            "turns": [f"{chosen.choice(REQUESTS)}\n\n{function}\n"],
+        }
         for i, function in enumerate(functions)
     ]
     write_lines(output, rows)

@@ -27,7 +27,7 @@ SHARED_MEMORY = 99 * 1024
 
 # Not asked of triton.backends, which the CPU shim of this process replaces.
 @pytest.mark.skipif(not find_spec("triton.backends.nvidia"), reason="Triton without CUDA compiler")
-@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("capability", [pytest.param("80", marks=pytest.mark.full), "90"])
 def test_kernels_compile_for_cuda(tmp_path, capability):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)
