@@ -10,7 +10,6 @@ nothing to compute. Prints a table, writes JSON and a picture beside it.
 import resource
 import statistics
 import tempfile
-import time
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ def measure(
     """Seconds of `steps` steps after one to warm up, their slots, and the process's peak memory."""
     import torch
 
-    from vllm_griffin.data.batch import pack
     from vllm_griffin.data.shards import StoredStates
     from vllm_griffin.train.checkpoint import load_draft
     from vllm_griffin.train.loop import Trainer
@@ -53,19 +51,11 @@ def measure(
             scratch,
             fresh=False,
         )
-        trainer._new_optimisers()
-        groups = trainer._documents()
-        seconds, slots = [], []
-        for _ in range(1 + steps):
-            batch = pack(trainer.states, next(groups), settings.prompt_loss)
-            began = time.perf_counter()
-            trainer._train_step(batch, 0)
-            seconds.append(time.perf_counter() - began)
-            slots.append(len(batch.tokens))
+        _, *timed = trainer.timed_steps(0, 1 + steps)
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return {
-        "seconds": seconds[1:],
-        "slots": slots[1:],
+        "seconds": [seconds for seconds, _ in timed],
+        "slots": [slots for _, slots in timed],
         "peak_bytes": gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 

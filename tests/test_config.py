@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from vllm import envs
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_griffin import engine_features
 from vllm_griffin.compat.patches import OWN_FIELDS
 from vllm_griffin.config import (
     REFUSED_FIELDS,
@@ -53,6 +55,20 @@ def test_the_papers_tree_is_the_default() -> None:
     assert (spec.num_speculative_tokens, spec.tree_depth, spec.tree_top_k) == (59, 6, 10)
     assert spec.use_eagle()
     assert "griffin" in repr(spec)
+
+
+def test_a_draft_of_the_hub_goes_where_the_engine_downloads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = set()
+
+    def download(repo: str, *, revision: str, cache_dir: str, allow_patterns: list[str]) -> str:
+        asked.add((repo, revision, cache_dir))
+        return str(DRAFT)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    make({"model": "someone/draft", "revision": "v1"}, download_dir=str(tmp_path))
+    assert asked == {("someone/draft", "v1", str(tmp_path))}
 
 
 def test_a_budget_is_below_the_nodes_of_one_request() -> None:
@@ -146,8 +162,54 @@ def test_every_field_of_vllm_is_honoured_or_refused() -> None:
     }
     fields = {f.name for f in dataclasses.fields(SpeculativeConfig)}
     assert fields == honoured | set_by_vllm | set(REFUSED_FIELDS)
-    own = {f.name for f in dataclasses.fields(GriffinSpeculativeConfig)}
+    own = {f.name for f in dataclasses.fields(GriffinSpeculativeConfig)} - {"download_dir"}
     assert own - fields == set(OWN_FIELDS), "other methods refuse them by this list"
+
+
+@pytest.mark.parametrize(
+    ("named", "chosen"),
+    [
+        ({}, "FLASH_ATTN"),
+        ({"attention_backend": "TRITON_ATTN"}, "TRITON_ATTN"),
+        ({"attention_config": {"backend": "FLASHINFER"}}, "FLASHINFER"),
+    ],
+)
+def test_where_vllm_prefers_flashinfer_flash_attention_is_named(
+    named: dict[str, Any], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blackwell = SimpleNamespace(
+        is_cuda=lambda: True, is_device_capability_family=lambda n: n == 100
+    )
+    monkeypatch.setattr(engine_features, "current_platform", blackwell)
+    args = EngineArgs(model=str(GOLDEN / "target"), **named)
+    engine_features.prefer_backend(args)
+    found = args.attention_backend or args.attention_config.backend
+    assert getattr(found, "name", found) == chosen
+
+
+@pytest.mark.parametrize(
+    ("spec", "warned"),
+    [
+        ({"num_speculative_tokens": 59}, True),
+        ({"num_speculative_tokens": 7}, False),
+        (
+            {
+                "num_speculative_tokens": 59,
+                "num_speculative_tokens_per_batch_size": [(1, 8, 59), (9, 64, 0)],
+            },
+            False,
+        ),
+    ],
+)
+def test_more_trees_than_a_step_holds_are_warned_of(
+    spec: dict[str, Any], warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(engine_features.logger, "warning", lambda text, *n: said.append(text % n))
+    make(spec, max_num_seqs=64, max_num_batched_tokens=512)
+    assert len(said) == warned
+    if warned:
+        assert "max_num_batched_tokens=512 holds the trees of 8 requests" in said[0]
 
 
 def test_an_absurd_shape_costs_no_more_than_its_nodes() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,10 @@ def test_a_plain_engine_runs_vllms_own_code() -> None:
 )
 def test_every_seam_is_where_it_was(patch: Patch) -> None:
     patch.apply()
-    patch.apply()  # a second time changes nothing
+    seam = f"{patch.module}:{patch.name}"
+    replaced = pkgutil.resolve_name(seam)
+    patch.apply()
+    assert pkgutil.resolve_name(seam) is replaced
     assert patch.reason and patch.until
 
 

@@ -62,6 +62,7 @@ SET_BY_VLLM = (
     "target_parallel_config",
     "draft_model_config",
     "draft_parallel_config",
+    "download_dir",
 )
 
 
@@ -99,6 +100,9 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
     tree_acceptance: dict[str, float] | None = None
     """Acceptance length of this draft by tree, ``{"nodes,depth,top_k": length}``: what "auto" chooses from.
     Default: the draft's config, where ``vllm-griffin eval --write-trees`` puts it."""
+
+    download_dir: str | None = None
+    """Where the engine puts what it downloads; the hub's own cache if None."""
 
     def __post_init__(self) -> None:
         """Resolves the tree and the draft's model config, or refuses by name."""
@@ -144,7 +148,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
                 f"speculative_config['revision']={self.revision!r} is of a hub id, and 'model' is a "
                 f"folder: leave it out"
             )
-        return DraftCheckpoint.open(self.model, revision=self.revision)
+        return DraftCheckpoint.open(self.model, self.revision, self.download_dir)
 
     def _resolve_trees(self, checkpoint: DraftCheckpoint) -> list[TreeShape]:
         """Sets N, D and K. Returns the trees that may be drafted."""
@@ -227,7 +231,8 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         if most > self.num_speculative_tokens:
             raise ValueError(
                 f"num_speculative_tokens_per_batch_size asks for {most} nodes, "
-                f"num_speculative_tokens={self.num_speculative_tokens} is the most"
+                f"num_speculative_tokens={self.num_speculative_tokens} is the most: raise "
+                "that, or ask for fewer"
             )
 
     def _check_budget(self) -> None:
@@ -282,7 +287,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         if self.tree_top_k is not None and self.tree_top_k > self.draft_vocab_size:
             raise ValueError(
                 f"tree_top_k={self.tree_top_k} is above the vocabulary of "
-                f"{self.draft_vocab_size} tokens"
+                f"{self.draft_vocab_size} tokens: lower it"
             )
 
     def _same_tensor_parallel_size(self) -> int:
@@ -384,7 +389,7 @@ def make_config(asked: Mapping[str, Any], **engine: Any) -> GriffinSpeculativeCo
 
     Args:
         asked: fields of `speculative_config`, as the user wrote them.
-        engine: `target_model_config` and `target_parallel_config`.
+        engine: `target_model_config`, `target_parallel_config` and `download_dir`.
 
     Raises:
         ValueError: one sentence that names the field or the file, and says what to do.

@@ -1,11 +1,21 @@
 """Engine features that griffin does not support: each is refused at start-up, by name."""
 
+from typing import TYPE_CHECKING
+
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_griffin.config import GriffinSpeculativeConfig, griffin_config
 from vllm_griffin.environment import check_environment
 from vllm_griffin.model.checkpoint import DraftCheckpoint
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger("vllm.griffin.config")
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -26,6 +36,34 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if vllm_config.load_config.load_format != "dummy":
         # A damaged checkpoint ends the start here, not in a worker.
         checkpoint.validate()
+
+
+def prefer_backend(args: "EngineArgs") -> None:
+    """Names FlashAttention where vLLM would choose FlashInfer, which has no tree form; a named one stays."""
+    config = args.attention_config
+    if args.attention_backend is not None or config.backend is not None or config.backend_per_kind:
+        return
+    # vLLM's order of backends differs on data-centre Blackwell only.
+    if current_platform.is_cuda() and current_platform.is_device_capability_family(100):
+        logger.info("griffin: attention backend FLASH_ATTN, since FLASHINFER has no tree form")
+        args.attention_backend = AttentionBackendEnum.FLASH_ATTN
+
+
+def warn_of_rows(vllm_config: VllmConfig) -> None:
+    """Warns if a step cannot verify the trees of as many requests as may run at once."""
+    spec, scheduler = griffin_config(vllm_config), vllm_config.scheduler_config
+    # Sizes by batch size are the user's, or timed.
+    if spec is None or spec.num_speculative_tokens_per_batch_size is not None:
+        return
+    rows, most = 1 + spec.num_speculative_tokens, scheduler.max_num_batched_tokens
+    if scheduler.max_num_seqs * rows > most:
+        logger.warning(
+            "griffin: a step of max_num_batched_tokens=%d holds the trees of %d requests (1 + "
+            "num_speculative_tokens=%d rows each), and max_num_seqs=%d may run: the others wait. "
+            "Lower max_num_seqs, or give larger batches smaller trees by "
+            "num_speculative_tokens_per_batch_size",
+            *(most, most // rows, spec.num_speculative_tokens, scheduler.max_num_seqs),
+        )
 
 
 def _check_timing(vllm_config: VllmConfig, spec: GriffinSpeculativeConfig) -> None:

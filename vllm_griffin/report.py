@@ -169,7 +169,9 @@ def _draw(panel: Panel, runs: Sequence[Run], output: Path) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ReportError("curves need matplotlib: pip install 'vllm-griffin[train]'") from error
+        raise ReportError(
+            "curves need matplotlib: pip install -e '.[train]' in vllm-griffin's folder"
+        ) from error
     figure = Figure(figsize=(5.5 * len(runs) + 1, 3.2 * len(parts) + 0.6), layout="constrained")
     axes = figure.subplots(len(parts), len(runs), squeeze=False, sharex="col", sharey="row")
     for (label, keys), row in zip(parts, axes, strict=True):

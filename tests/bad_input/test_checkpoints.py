@@ -618,7 +618,7 @@ BAD: dict[str, tuple[Make, str]] = {
     ),
     "fewer tokens than children": (
         vocabulary([7, 400, 3, 511, 0, 90]),
-        "tree_top_k=10 is above the vocabulary of 6 tokens",
+        "tree_top_k=10 is above the vocabulary of 6 tokens: lower it",
     ),
     "draft vocabulary above the whole": (
         vocabulary([1, 2], 513),

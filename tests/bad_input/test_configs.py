@@ -45,7 +45,7 @@ SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "width a float": ({"tree_top_k": 4.0}, f"{FIELD}['tree_top_k']=4.0: {NO_INTEGER}"),
     "wider than the vocabulary": (
         {"tree_top_k": 600, "num_speculative_tokens": 5},
-        "tree_top_k=600 is above the vocabulary of 512 tokens",
+        "tree_top_k=600 is above the vocabulary of 512 tokens: lower it",
     ),
     "no nodes": (
         {"num_speculative_tokens": 0},

@@ -78,7 +78,7 @@ def test_grammar_bitmask_still_fails_in_the_interpreter():
 def test_another_signature_is_refused(replaced):
     module = types.ModuleType("changed")
     module.apply_min_p = replaced
-    patch = patches.Patch(
+    patch = patches.Twin(
         "changed:apply_min_p", "vllm_griffin.cpu.twins.sampling:apply_min_p", "", ""
     )
     with pytest.raises(RuntimeError, match="changed:apply_min_p"):

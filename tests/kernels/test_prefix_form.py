@@ -114,14 +114,14 @@ def test_what_flash_attention_cannot_is_refused(layer, monkeypatch):
         prefix.demanded_form()
 
 
-@pytest.mark.parametrize("rows", [8, 64, 65])
-def test_timed_forms_are_one_result(rows, monkeypatch):
-    """Both forms of a synthetic step attend the same tree."""
+@pytest.mark.parametrize(("rows", "context"), [(8, 108), (64, 164), (65, 165), (60, 20)])
+def test_timed_forms_are_one_result(rows, context, monkeypatch):
+    """Both forms of a synthetic step attend the same tree, also where the context holds no whole one."""
     results = []
     monkeypatch.setattr(
         torch, "empty_like", lambda like: results.append(torch.zeros_like(like)) or results[-1]
     )
-    shape = prefix.Shape(4, 2, 32, 16, torch.float32, rows, 100 + rows, 4)
+    shape = prefix.Shape(4, 2, 32, 16, torch.float32, rows, context, 4)
     split, from_prefix = prefix.both_forms(shape, 2, flash_attention, torch.device("cpu"))
     split()
     expected = results[0].clone()
@@ -129,6 +129,34 @@ def test_timed_forms_are_one_result(rows, monkeypatch):
     from_prefix()
     assert expected.abs().sum() > 0
     torch.testing.assert_close(results[0], expected)
+
+
+IMPL = SimpleNamespace(
+    fa4_hd256=False, num_heads=4, num_kv_heads=2, head_size=32, vllm_flash_attn_version=2
+)
+SPEC = SimpleNamespace(block_size=16, dtype=torch.float32)
+ENGINE = SimpleNamespace(
+    num_speculative_tokens=6,
+    model_config=SimpleNamespace(max_model_len=70),
+    scheduler_config=SimpleNamespace(max_num_seqs=64, max_num_batched_tokens=70),
+    compilation_config=SimpleNamespace(
+        max_cudagraph_capture_size=27, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
+    ),
+)
+
+
+def test_our_kernel_stands_in_where_flash_attention_refuses(monkeypatch):
+    monkeypatch.delenv(prefix.ENV, raising=False)
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(backends, "faster_forms", refuse)
+    error = NotImplementedError("no log-sum-exp\nof this shape")
+    assert backends.choose_form(IMPL, SPEC, ENGINE, torch.device("cpu"), 32) == {1: False}
+    error = torch.OutOfMemoryError("full")
+    with pytest.raises(torch.OutOfMemoryError):
+        backends.choose_form(IMPL, SPEC, ENGINE, torch.device("cpu"), 32)
 
 
 def test_forms_are_timed_for_batches_that_can_be(monkeypatch):
@@ -154,19 +182,7 @@ def test_forms_are_timed_for_batches_that_can_be(monkeypatch):
     monkeypatch.setattr("triton.testing.do_bench", bench)
     monkeypatch.setattr("triton.testing.do_bench_cudagraph", bench_graph)
     monkeypatch.setattr(prefix, "flash_attention", lambda version: flash)
-    impl = SimpleNamespace(
-        fa4_hd256=False, num_heads=4, num_kv_heads=2, head_size=32, vllm_flash_attn_version=2
-    )
-    config = SimpleNamespace(
-        num_speculative_tokens=6,
-        model_config=SimpleNamespace(max_model_len=70),
-        scheduler_config=SimpleNamespace(max_num_seqs=64, max_num_batched_tokens=70),
-        compilation_config=SimpleNamespace(
-            max_cudagraph_capture_size=27, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
-        ),
-    )
-    spec = SimpleNamespace(block_size=16, dtype=torch.float32)
-    found = backends.choose_form(impl, spec, config, torch.device("cpu"), 32)
+    found = backends.choose_form(IMPL, SPEC, ENGINE, torch.device("cpu"), 32)
     assert tokens == [7, 28], "ten requests at most, so one and four are timed"
     assert splits == [32, 0], "the larger step is not captured"
     assert len(captured) == 2, "both forms of the captured one are timed as graphs"

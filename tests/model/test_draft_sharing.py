@@ -26,7 +26,7 @@ def target(**parts) -> nn.Module:
 def test_lora_wrappers_are_taken_off(process_group):
     from vllm.lora.layers.base import BaseLayerWithLoRA
 
-    from vllm_griffin.model.target import target_parts
+    from vllm_griffin.model.target import shared_modules
 
     class Wrapped(BaseLayerWithLoRA):
         def __init__(self, base):
@@ -40,45 +40,45 @@ def test_lora_wrappers_are_taken_off(process_group):
         lm_head=Wrapped(plain.lm_head),
         logits_processor=Wrapped(plain.logits_processor),
     )
-    parts = target_parts(wrapped)
+    parts = shared_modules(wrapped)
     assert parts.embedding is plain.model.embed_tokens
     assert parts.lm_head is plain.lm_head
     assert (parts.logit_scale, parts.logit_soft_cap) == (0.5, 30.0)
 
 
 def test_language_model_of_a_larger_target(process_group):
-    from vllm_griffin.model.target import target_parts
+    from vllm_griffin.model.target import shared_modules
 
     outer, inner = nn.Module(), target()
     outer.get_language_model = lambda: inner
-    assert target_parts(outer).lm_head is inner.lm_head
+    assert shared_modules(outer).lm_head is inner.lm_head
 
 
 def test_tied_head_without_a_module_of_its_own_is_the_embedding(process_group):
     from types import SimpleNamespace
 
-    from vllm_griffin.model.target import target_parts
+    from vllm_griffin.model.target import shared_modules
 
     tied = target()
     del tied.lm_head
     tied.config = SimpleNamespace(tie_word_embeddings=True)
-    assert target_parts(tied).lm_head is tied.model.embed_tokens
+    assert shared_modules(tied).lm_head is tied.model.embed_tokens
 
 
 def test_target_without_the_modules_is_refused_by_name(process_group):
     from vllm.model_executor.models.utils import PPMissingLayer
 
-    from vllm_griffin.model.target import TargetError, target_parts
+    from vllm_griffin.model.target import TargetError, shared_modules
 
     class Strange(nn.Module):
         pass
 
     with pytest.raises(TargetError, match=r"Strange.*`model\.embed_tokens`"):
-        target_parts(Strange())
+        shared_modules(Strange())
     with pytest.raises(TargetError, match="`lm_head`"):
-        target_parts(target(lm_head=None))
+        shared_modules(target(lm_head=None))
     with pytest.raises(TargetError, match=r"`model\.embed_tokens`"):
-        target_parts(target(embed_tokens=PPMissingLayer()))
+        shared_modules(target(embed_tokens=PPMissingLayer()))
 
 
 def test_logits_are_scaled_as_the_targets(load, targets, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_griffin.data.documents import Document
-from vllm_griffin.train.network import Draft, DraftConfig
+from vllm_griffin.train.network import Draft, NetworkConfig
 
 # ---------------------------------------------------------------------------------------------- losses
 
@@ -164,7 +164,7 @@ def small_draft(seed: int = 0, **changes: object) -> Draft:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    draft = Draft(DraftConfig(**(fields | changes)))
+    draft = Draft(NetworkConfig(**(fields | changes)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in draft.named_parameters():

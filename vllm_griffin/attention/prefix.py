@@ -147,8 +147,9 @@ def both_forms(
     cache = torch.randn(layout, dtype=shape.dtype, device=device)
     k_cache, v_cache = cache.split(shape.head_dim, dim=-1)
     # Where not all have room, requests share blocks, in any order.
-    # As wide as the engine's, by which our kernel tells into how many parts it splits a prefix.
-    columns = -(-shape.context // shape.block_size)
+    # As wide as the engine's, by which our kernel tells into how many parts it splits a prefix; a context
+    # shorter than a tree still has one here.
+    columns = max(per_request, -(-shape.context // shape.block_size))
     table = torch.randint(blocks, (batch, columns), dtype=torch.int32, device=device)
     query_start = torch.arange(batch + 1, dtype=torch.int32, device=device) * shape.rows
     starts, words = query_start[:-1], num_words(shape.rows)

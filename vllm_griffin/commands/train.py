@@ -153,7 +153,9 @@ def command(
     try:
         from vllm_griffin.train.loop import Trainer, TrainingError
     except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error}: pip install 'vllm-griffin[train]'") from error
+        raise click.ClickException(
+            f"{error}: pip install -e '.[train]' in vllm-griffin's folder"
+        ) from error
 
     if threads:
         torch.set_num_threads(threads)

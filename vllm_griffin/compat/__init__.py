@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vllm_griffin.compat.patch import Patch
 
 SUPPORTED = "0.32"
+INSTALL = f"pip install 'vllm=={SUPPORTED}.*', or on a CPU `make setup` in vllm-griffin's folder"
 
 
 def install() -> None:
@@ -63,8 +64,7 @@ def check_version() -> None:
     version = _vllm_version()
     if not _supported(version):
         raise UnsupportedVllmError(
-            f"vllm-griffin works with vLLM {SUPPORTED}.x, but {version} is installed: "
-            f"pip install 'vllm-griffin[cuda]' (or [cpu]) for one that fits."
+            f"vllm-griffin works with vLLM {SUPPORTED}.x, but {version} is installed: {INSTALL}"
         )
 
 

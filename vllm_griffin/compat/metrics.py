@@ -34,7 +34,8 @@ def get_output(original: Callable[..., Any]) -> Callable[..., Any]:
 def update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     """``Scheduler.update_from_output``: keeps the step's trees for the counting inside it.
 
-    Where the engine chooses its trees, the chooser sees the step too.
+    With a shared budget of nodes, says how many scheduled drafts were not verified; where the engine chooses
+    its trees, shows the step to the chooser.
     """
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:

@@ -1,7 +1,13 @@
 """Every name of vLLM that is replaced (for a CPU: `cpu/patches.py`), why, and the day it can go.
 
 All of them but `COMMAND_PATCHES` ask first whether the engine at hand wants griffin, so that a plain engine
-in the same process runs vLLM's own code.
+in the same process runs vLLM's own code. `build_dynamic_sd_schedule_lookup` sees no engine: there another
+method's schedule of more batch sizes than its engine has requests gets graphs for all of them.
+
+Attributes of single objects of a griffin engine are set where they are used, each with its reason: the
+table of sizes by batch (`cost.py`), the scheduler's trees (`metrics.py` here), the model state's class and
+the loading of weights (`runner/speculator.py`), logits processors (`runner/processors.py`), trees on their
+way to the scheduler (`grammar.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -43,6 +49,7 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             asked,
             target_model_config=target_model_config,
             target_parallel_config=target_parallel_config,
+            download_dir=self.download_dir,
         )
 
     return create_speculative_config
@@ -85,11 +92,14 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(
         self: Any, usage_context: Any = None, headless: bool = False
     ) -> "VllmConfig":
-        vllm_config = original(self, usage_context, headless)
-        if _wants_griffin(self):
-            from vllm_griffin.engine_features import check_engine
+        if not _wants_griffin(self):
+            return original(self, usage_context, headless)
+        from vllm_griffin.engine_features import check_engine, prefer_backend, warn_of_rows
 
-            check_engine(vllm_config)
+        prefer_backend(self)
+        vllm_config = original(self, usage_context, headless)
+        check_engine(vllm_config)
+        warn_of_rows(vllm_config)
         return vllm_config
 
     return create_engine_config
@@ -436,7 +446,8 @@ METRICS_PATCHES = (
         name="Scheduler.update_from_output",
         parameters=("self", "scheduler_output", "model_runner_output"),
         replacement=metrics.update_from_output,
-        reason="neither the count of a draft nor the choice of its size is given the step's output",
+        reason="neither the count of a draft nor the choice of its size is given the step's output, and "
+        "what a shared budget leaves unverified is not counted",
         until="make_spec_decoding_stats and a size's chooser are given the step's output",
     ),
     Patch(

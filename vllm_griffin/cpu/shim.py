@@ -33,11 +33,6 @@ def switched_on() -> bool:
     return value == "1"
 
 
-def is_active() -> bool:
-    """Whether this process runs vLLM's Triton kernels in the interpreter because of the shim."""
-    return switched_on() and not _gpu_is_active() and not _has_triton_cpu()
-
-
 def prepare_process() -> None:
     """Sets this process up for Model Runner V2 on a CPU, if ``VLLM_GRIFFIN_CPU`` asks for it.
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import torch
 
-from vllm_griffin.compat import install_command_patches
+from vllm_griffin.compat import INSTALL, install_command_patches
 
 
 def batch_size() -> int:
@@ -68,9 +68,7 @@ def engine(
     try:
         from vllm import LLM, envs
     except ImportError as error:
-        raise click.ClickException(
-            f"this needs vLLM (pip install 'vllm-griffin[cpu]' or '[cuda]'): {error}"
-        ) from error
+        raise click.ClickException(f"this needs vLLM ({INSTALL}): {error}") from error
     on_gpu = torch.cuda.is_available()
     # Here hidden states follow by the target's Hugging Face model, which vLLM's compiler would change.
     in_process = not envs.VLLM_ENABLE_V1_MULTIPROCESSING

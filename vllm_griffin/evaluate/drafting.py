@@ -13,8 +13,11 @@ from vllm_griffin.evaluate.outputs import Output
 from vllm_griffin.evaluate.steps import PromptSteps
 from vllm_griffin.train.network import Draft, causal_attention
 
+# Tokens of which the best is looked at first, when the best of a vocabulary are sought.
+CHUNK = 64
 
-class Document:
+
+class ReplayedDocument:
     """One output: the draft's keys, values and outputs over its verified slots, and how far it has come.
 
     Slot t pairs the feature of token t with token t + 1; the tree of root r grows from slot r - 1.
@@ -58,7 +61,7 @@ class Document:
 class Nodes:
     """A document's keys and values before its root, and those of drafted nodes after them."""
 
-    def __init__(self, document: Document, places: int = 0) -> None:
+    def __init__(self, document: ReplayedDocument, places: int = 0) -> None:
         """With room for nodes at so many `places`; without, nodes are appended."""
         keys, values = document.keys, document.values
         self._before_k, self._before_v = keys[:, : document.root], values[:, : document.root]
@@ -112,16 +115,16 @@ def best_children(predict: Tensor, head: DraftHead, top_k: int) -> tuple[Tensor,
     return best - logits.logsumexp(-1, keepdim=True), tokens
 
 
-def top(logits: Tensor, k: int, chunk: int = 64) -> tuple[Tensor, Tensor]:
+def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`logits.topk(k)` of [rows, V], faster: the k best are in the k chunks with the best maxima."""
     rows, size = logits.shape
-    chunks = size // chunk
-    if chunks <= 4 * k or size % chunk:
+    chunks = size // CHUNK
+    if chunks <= 4 * k or size % CHUNK:
         best = logits.topk(k, dim=-1)
         return best.values, best.indices
-    parts = logits.view(rows, chunks, chunk)
+    parts = logits.view(rows, chunks, CHUNK)
     picked = parts.amax(-1).topk(k, dim=-1).indices
-    pool = parts.gather(1, picked[..., None].expand(-1, -1, chunk)).flatten(1)
+    pool = parts.gather(1, picked[..., None].expand(-1, -1, CHUNK)).flatten(1)
     best = pool.topk(k, dim=-1)
     places = best.indices
-    return best.values, picked.gather(1, places // chunk) * chunk + places % chunk
+    return best.values, picked.gather(1, places // CHUNK) * CHUNK + places % CHUNK

@@ -260,4 +260,6 @@ def check_counters(counters: dict[str, Any], records: Sequence[TraceRecord]) -> 
         if counters[name] != traced[name]
     ]
     if wrong:
-        raise EngineError(f"vLLM's counters differ from the trace: {'; '.join(wrong)}")
+        raise EngineError(
+            f"vLLM's counters differ from the trace, a bug to report: {'; '.join(wrong)}"
+        )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vllm_griffin.evaluate.drafting import Document, DraftHead, Nodes, best_children
+from vllm_griffin.evaluate.drafting import DraftHead, Nodes, ReplayedDocument, best_children
 from vllm_griffin.train.network import Draft
 from vllm_griffin.tree_shape import TreeShape
 
@@ -36,7 +36,7 @@ class Path:
     on_spine: bool = True
 
     def descend(
-        self, document: Document, depth: int, logprobs: list[float], tokens: list[int]
+        self, document: ReplayedDocument, depth: int, logprobs: list[float], tokens: list[int]
     ) -> bool:
         """Add the stored token at a depth if it is among the children, best first; False: the path ends."""
         place = document.root + depth
@@ -80,7 +80,7 @@ class Path:
 
 
 def follow(
-    draft: Draft, head: DraftHead, shape: TreeShape, context: int, live: list[Document]
+    draft: Draft, head: DraftHead, shape: TreeShape, context: int, live: list[ReplayedDocument]
 ) -> tuple[list[Path], tuple[Tensor, Tensor]]:
     """The path of each document, all documents level by level, and the roots' best children.
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from vllm_griffin.evaluate.drafting import Document, DraftHead, Nodes, best_children
+from vllm_griffin.evaluate.drafting import DraftHead, Nodes, ReplayedDocument, best_children
 from vllm_griffin.evaluate.follow import MARGIN
 from vllm_griffin.kernels.packed_bits import unpack_bits
 from vllm_griffin.train.network import Draft
@@ -64,7 +64,7 @@ def grow(
     head: DraftHead,
     shape: TreeShape,
     context: int,
-    live: list[Document],
+    live: list[ReplayedDocument],
     roots: tuple[Tensor, Tensor],
     asked: list[list[Question] | None],
 ) -> list[tuple[list[int], list[int]]]:

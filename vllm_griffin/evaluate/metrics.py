@@ -15,13 +15,12 @@ RESAMPLES = 2000
 SEED = 0
 
 
-def summarise(records: Sequence[PromptSteps], depth: int, seed: int = SEED) -> dict[str, Any]:
+def summarise(records: Sequence[PromptSteps], depth: int) -> dict[str, Any]:
     """Metrics of one draft, prompt set, temperature and tree.
 
     Args:
         records: Verify steps per prompt, from an engine or from a replay.
         depth: Levels of the tree.
-        seed: Of the bootstrap.
 
     Returns:
         prompts, steps, accepted, drafted: counts;
@@ -39,7 +38,7 @@ def summarise(records: Sequence[PromptSteps], depth: int, seed: int = SEED) -> d
     accepted = sum(step.accepted for step in steps)
     drafted = sum(step.drafted for step in steps)
     counts = [_misaligned(steps, n) for n in range(2, depth + 1)]
-    low, high = _interval(_lengths(_per_prompt(records), _resamples(len(records), seed)))
+    low, high = _interval(_lengths(_per_prompt(records), _resamples(len(records))))
     return {
         "prompts": len(records),
         "steps": len(steps),
@@ -58,9 +57,7 @@ def summarise(records: Sequence[PromptSteps], depth: int, seed: int = SEED) -> d
     }
 
 
-def compare_lengths(
-    first: Sequence[PromptSteps], other: Sequence[PromptSteps], seed: int = SEED
-) -> dict[str, Any]:
+def compare_lengths(first: Sequence[PromptSteps], other: Sequence[PromptSteps]) -> dict[str, Any]:
     """Acceptance length of `other` against `first` on the same prompts: difference and ratio, 95 % intervals.
 
     The bootstrap is paired: both are taken on the same resampled prompts.
@@ -73,7 +70,7 @@ def compare_lengths(
         raise ValueError("a paired comparison needs the same prompts on both sides")
     counts = _per_prompt(first), _per_prompt([by_key[p.key] for p in first])
     everyone = np.arange(len(first))[None]
-    draws = _resamples(len(first), seed)
+    draws = _resamples(len(first))
     here, there = (_lengths(c, everyone)[0] for c in counts)
     drawn_here, drawn_there = (_lengths(c, draws) for c in counts)
     return {
@@ -103,9 +100,9 @@ def _per_prompt(records: Sequence[PromptSteps]) -> np.ndarray:
     return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
 
-def _resamples(prompts: int, seed: int) -> np.ndarray:
+def _resamples(prompts: int) -> np.ndarray:
     """[RESAMPLES, prompts] prompt numbers, drawn with replacement."""
-    return np.random.default_rng(seed).integers(0, max(prompts, 1), (RESAMPLES, prompts))
+    return np.random.default_rng(SEED).integers(0, max(prompts, 1), (RESAMPLES, prompts))
 
 
 def _lengths(counts: np.ndarray, draws: np.ndarray) -> np.ndarray:

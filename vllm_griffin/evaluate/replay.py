@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vllm_griffin.evaluate.drafting import Document, DraftHead, best_children
+from vllm_griffin.evaluate.drafting import DraftHead, ReplayedDocument, best_children
 from vllm_griffin.evaluate.follow import Path, follow
 from vllm_griffin.evaluate.grow import Question, grow
 from vllm_griffin.evaluate.outputs import Output
@@ -71,7 +71,7 @@ def replay_outputs(
     limit = context or int(parts.config["max_position_embeddings"])
     replayer = _Replay(draft, DraftHead.of(parts.head, vocabulary), tree, limit, whole)
     records: list[PromptSteps] = []
-    live: list[Document] = []
+    live: list[ReplayedDocument] = []
     for document in _documents(draft, outputs):
         records.append(document.record)
         live.append(document)
@@ -83,9 +83,9 @@ def replay_outputs(
     return records
 
 
-def _documents(draft: Draft, outputs: Outputs) -> Iterator[Document]:
+def _documents(draft: Draft, outputs: Outputs) -> Iterator[ReplayedDocument]:
     for number, output in enumerate(outputs.outputs):
-        yield Document(draft, output, outputs.features(number))
+        yield ReplayedDocument(draft, output, outputs.features(number))
 
 
 class _Replay:
@@ -100,7 +100,9 @@ class _Replay:
         self.context = context
         self.whole = whole
 
-    def step(self, documents: list[Document], done: Callable[[], None]) -> list[Document]:
+    def step(
+        self, documents: list[ReplayedDocument], done: Callable[[], None]
+    ) -> list[ReplayedDocument]:
         """One verify step of each document; returns those that go on."""
         live = [document for document in documents if document.is_live]
         if live:
@@ -110,7 +112,7 @@ class _Replay:
             done()
         return going
 
-    def _step(self, live: list[Document]) -> None:
+    def _step(self, live: list[ReplayedDocument]) -> None:
         paths, roots = self._look(live)
         # The scheduler keeps room for the root and the token after the path.
         sizes = [min(self.shape.nodes, self.context - document.root - 2) for document in live]
@@ -137,7 +139,7 @@ class _Replay:
             assert result is not None
             _count(document, size, *result)
 
-    def _look(self, live: list[Document]) -> tuple[list[Path], tuple[Tensor, Tensor]]:
+    def _look(self, live: list[ReplayedDocument]) -> tuple[list[Path], tuple[Tensor, Tensor]]:
         """Paths of stored tokens (for whole trees none are needed), and the roots' best children."""
         if not self.whole:
             return follow(self.draft, self.head, self.shape, self.context, live)
@@ -146,7 +148,7 @@ class _Replay:
 
     def _grow(
         self,
-        live: list[Document],
+        live: list[ReplayedDocument],
         roots: tuple[Tensor, Tensor],
         asked: dict[int, list[Question] | None],
     ) -> list[tuple[list[int], list[int]]]:
@@ -164,7 +166,7 @@ class _Replay:
         )
 
 
-def _count(document: Document, size: int, accepted: int, right: int, wrong: bool) -> None:
+def _count(document: ReplayedDocument, size: int, accepted: int, right: int, wrong: bool) -> None:
     """Record a step with a tree of `size` nodes, and move on to the next root."""
     if size >= 1:
         step = Step(document.root, accepted, size, right, wrong, len(document.answer))

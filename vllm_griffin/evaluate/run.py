@@ -269,7 +269,9 @@ def _match(
         if output.prompt_token_ids != prompt.tokens:
             raise ValueError(f"{name} belongs to another prompt; give another file")
         if output.max_tokens not in (None, max_tokens):
-            raise ValueError(f"{name} was made with --max-tokens {output.max_tokens}")
+            raise ValueError(
+                f"{name} was made with --max-tokens {output.max_tokens}: take that, or another file"
+            )
         if output.target not in (None, target):
             raise ValueError(f"{name} was made with another target; give another file")
         found[key] = replace(output, set=prompt.set)
@@ -291,7 +293,9 @@ def check_depth(trees: Sequence[TreeShape]) -> None:
     """
     for tree in trees:
         if tree.levels > TAIL:
-            raise ValueError(f"tree {tree}: a replay knows {TAIL} levels at most")
+            raise ValueError(
+                f"tree {tree}: a replay knows {TAIL} levels at most; leave --replay out"
+            )
 
 
 def _served_penalties(target: Path) -> dict[str, float]:

@@ -65,11 +65,12 @@ class DraftCheckpoint:
 
         Args:
             path: A folder, or a hub id such as `husj576/GRIFFIN-llama3-instruct-8B`.
-            revision: Branch, tag or commit on the hub; ignored for a folder.
+            revision: Branch, tag or commit on the hub; a folder has none.
             cache_dir: Where downloads go; the hub's own default if None.
 
         Raises:
-            CheckpointError: Not found, or `config.json` is missing, malformed or not supported.
+            CheckpointError: Not found, a folder with a revision, or `config.json` is missing, malformed or
+                not supported.
         """
         folder = find_folder(path, revision, cache_dir)
         file = folder / "config.json"

@@ -142,7 +142,8 @@ class DraftConfig:
         else:
             return
         raise CheckpointError(
-            f"{self.source}: {what} cannot be split over tensor_parallel_size {ranks}"
+            f"{self.source}: {what} cannot be split over tensor_parallel_size {ranks}: "
+            "take one that divides them"
         )
 
 

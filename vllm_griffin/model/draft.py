@@ -40,7 +40,7 @@ from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint
 from vllm_griffin.model.layers import DraftLayer, PlainFusion, TokenGuidedFusion
 from vllm_griffin.model.layout import expected_shapes
 from vllm_griffin.model.level import TreeLevel
-from vllm_griffin.model.target import target_parts
+from vllm_griffin.model.target import shared_modules
 
 logger = init_logger("vllm.griffin.draft")
 
@@ -186,7 +186,7 @@ class GriffinDraftModel(nn.Module):
         Raises:
             TargetError: The target model has no such modules.
         """
-        parts = target_parts(target_model)
+        parts = shared_modules(target_model)
         self.lm_head = parts.lm_head
         self.logits_processor.scale = parts.logit_scale
         self.logits_processor.soft_cap = parts.logit_soft_cap
@@ -308,14 +308,12 @@ def connect_draft(
 
 
 def open_draft(vllm_config: VllmConfig) -> DraftCheckpoint:
-    """Open the checkpoint that an engine's speculative config names.
+    """Open the checkpoint of an engine's draft, whose folder the speculative config has found.
 
     Raises:
         CheckpointError: See `DraftCheckpoint.open`.
     """
-    draft_model = _draft_model_config(vllm_config)
-    cache_dir = get_draft_load_config(vllm_config).download_dir
-    return DraftCheckpoint.open(draft_model.model, draft_model.revision, cache_dir)
+    return DraftCheckpoint.open(_draft_model_config(vllm_config).model)
 
 
 def _draft_model_config(vllm_config: VllmConfig) -> ModelConfig:

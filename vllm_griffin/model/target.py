@@ -13,7 +13,7 @@ class TargetError(ValueError):
 
 
 @dataclass
-class TargetParts:
+class SharedModules:
     """Modules of the target. The draft uses them without the target's LoRA adapters."""
 
     embedding: nn.Module
@@ -22,7 +22,7 @@ class TargetParts:
     logit_soft_cap: float | None
 
 
-def target_parts(target: nn.Module) -> TargetParts:
+def shared_modules(target: nn.Module) -> SharedModules:
     """Find the shared modules of a vLLM model: `model.embed_tokens` and `lm_head`.
 
     Works for the Llama family, Qwen2, Mistral, Mixtral and whatever else has both, tied or not. Cohere's and
@@ -45,7 +45,7 @@ def target_parts(target: nn.Module) -> TargetParts:
             )
     processor = _plain(getattr(language, "logits_processor", None))
     assert embedding is not None and head is not None
-    return TargetParts(
+    return SharedModules(
         embedding=embedding,
         lm_head=head,
         logit_scale=getattr(processor, "scale", 1.0),

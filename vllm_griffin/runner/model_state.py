@@ -34,18 +34,18 @@ class GriffinModelState(DefaultModelState):
         device: torch.device,
         *,
         trees: DraftTrees,
-        verifier: "VerifierSlot",
+        verifier_slot: "VerifierSlot",
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.trees = trees
-        self.verifier = verifier
+        self.verifier_slot = verifier_slot
         slots = vllm_config.scheduler_config.max_num_seqs
         self.rows = TreeRows.empty(slots, trees.bits)
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeVerifier]:
         """vLLM's sampler stays; its rejection sampler gives way to tree verification."""
         watch_processors(sampler, self.trees)
-        return sampler, self.verifier.install(sampler)
+        return sampler, self.verifier_slot.install(sampler)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """The slot may still hold the tree of the request before: forget it."""
@@ -58,7 +58,7 @@ class GriffinModelState(DefaultModelState):
     def remove_request(self, req_id: str) -> None:
         """Ends the request's trace."""
         super().remove_request(req_id)
-        self.verifier.forget(req_id)
+        self.verifier_slot.forget(req_id)
 
     def prepare_attn(
         self,

@@ -4,6 +4,7 @@ Shapes: B requests of the batch, h hidden size, N nodes, K top_k, D levels.
 """
 
 import functools
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +58,9 @@ class TreeSpeculator(DraftModelSpeculator):
         self.top_k = spec.tree_width
         self.max_path = 1 + spec.tree_levels
         self.trees = DraftTrees(self.max_num_reqs, self.num_nodes, device)
-        self.verifier = VerifierSlot(self.trees, self.max_path, spec.synthetic_acceptance_rates)
+        self.verifier_slot = VerifierSlot(
+            self.trees, self.max_path, spec.synthetic_acceptance_rates
+        )
         self._caches: list[tuple[list[str], PagedCaches]] = []
         self._cache_addresses: list[int] = []
         self._target: Any = None
@@ -94,9 +97,17 @@ class TreeSpeculator(DraftModelSpeculator):
                     f"({name}): use a full-attention target"
                 )
         self._target = target_model
-        state = functools.partial(GriffinModelState, trees=self.trees, verifier=self.verifier)
+        state = functools.partial(
+            GriffinModelState, trees=self.trees, verifier_slot=self.verifier_slot
+        )
+
+        def model_state_cls() -> Any:
+            # vLLM asks once. A model may outlive its engine, and must not keep the engine's memory.
+            del target_model.__dict__["get_model_state_cls"]
+            return state
+
         # Not an attribute of the module's own kind (tensor, submodule), so past its __setattr__.
-        target_model.__dict__["get_model_state_cls"] = lambda: state
+        target_model.__dict__["get_model_state_cls"] = model_state_cls
         self.target_attn_layer_names = sorted(target_attn_layer_names)
         draft = load_draft_model(target_model, self.vllm_config)
         if draft.draft_tokens is not None:
@@ -110,9 +121,12 @@ class TreeSpeculator(DraftModelSpeculator):
         (``is_checkpoint_format=False``) pass this by; the old rows then draft, and only that.
         """
         load_weights: Any = self._target.load_weights
+        # The model may outlive this engine.
+        speculator = weakref.ref(self)
 
         def loading(*args: Any, **kwargs: Any) -> Any:
-            self._target_reloaded = True
+            if (alive := speculator()) is not None:
+                alive._target_reloaded = True
             return load_weights(*args, **kwargs)
 
         self._target.__dict__["load_weights"] = loading
@@ -226,8 +240,8 @@ class TreeSpeculator(DraftModelSpeculator):
         next_prefill_tokens: torch.Tensor,
     ) -> Walk:
         """The accepted paths, also for steps and requests that had nothing to verify."""
-        assert self.verifier.verifier is not None
-        walk = self.verifier.verifier.take_walk()
+        assert self.verifier_slot.verifier is not None
+        walk = self.verifier_slot.verifier.take_walk()
         slots = batch.idx_mapping
         if walk is None:
             shape = (batch.num_reqs, self.max_path)
@@ -443,14 +457,14 @@ class TreeSpeculator(DraftModelSpeculator):
 
         vLLM's own profiling takes one row of logits a request.
         """
-        assert self.verifier.verifier is not None
+        assert self.verifier_slot.verifier is not None
         assert self._target is not None
         rows = min(len(hidden_states), self.max_num_reqs * (1 + self.num_nodes))
         logits = self._target.compute_logits(hidden_states[:rows])
         if logits is not None:
             chunk = logits[: max_chunk_rows(logits.shape[1])]
             # FlashInfer, where it draws, holds masked logits and probabilities beside the copy.
-            more = 2 if self.verifier.verifier.sampler.use_flashinfer else 0
+            more = 2 if self.verifier_slot.verifier.sampler.use_flashinfer else 0
             chunk.to(torch.float32, copy=True).repeat(more, 1)
 
     def _dummy_propose(self, num_reqs: int, num_tokens: int) -> torch.Tensor:

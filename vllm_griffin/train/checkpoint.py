@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from vllm_griffin.model.checkpoint import DraftCheckpoint
 from vllm_griffin.model.config import PAPER_TREE
 from vllm_griffin.model.vocabulary import VOCABULARY_FILE
-from vllm_griffin.train.network import Draft, DraftConfig, Fusion
+from vllm_griffin.train.network import Draft, Fusion, NetworkConfig
 from vllm_griffin.whole_file import whole_file, write_json
 
 
@@ -97,7 +97,7 @@ def published_state(draft: Draft) -> dict[str, Tensor]:
     return state
 
 
-def draft_config_json(target: dict[str, Any], draft: DraftConfig, dtype: str) -> dict[str, Any]:
+def draft_config_json(target: dict[str, Any], draft: NetworkConfig, dtype: str) -> dict[str, Any]:
     """The `config.json` of a draft for a target with the given `config.json`."""
     name = "GriffinForCausalLM" if draft.fusion or draft.two_heads else "EagleLlamaForCausalLM"
     return {
@@ -179,7 +179,7 @@ def load_draft(folder: str | Path, embeddings: Tensor | None = None) -> Draft:
     if rope != "default":
         raise ValueError(f"{folder}: drafts with rope_type {rope!r} cannot be trained or replayed")
     draft = Draft(
-        DraftConfig.from_dict(
+        NetworkConfig.from_dict(
             checkpoint.raw_config,
             fusion=layout.fusion,
             two_heads=layout.two_heads,

@@ -2,13 +2,12 @@
 
 import resource
 import tempfile
-import time
 from dataclasses import dataclass
 
 import torch
 
-from vllm_griffin.data.batch import pack
 from vllm_griffin.data.shards import States
+from vllm_griffin.data.show import duration, size
 from vllm_griffin.train.loop import Trainer
 from vllm_griffin.train.network import Draft
 from vllm_griffin.train.settings import Settings
@@ -39,10 +38,10 @@ class Estimate:
             ("documents", f"{self.documents} to train on, {self.held_out} held out"),
             ("rows (slots) an epoch", f"{self.slots}, {self.epochs:.1f} epochs"),
             ("parameters trained", f"{self.parameters / 1e6:.1f}M"),
-            ("disk", f"{self.disk / 2**20:.0f} MiB"),
-            ("memory", f"{self.memory / 2**20:.0f} MiB at most so far"),
+            ("disk", size(self.disk)),
+            ("memory", f"{size(self.memory)} at most so far"),
             ("a step", steps),
-            ("time", f"{self.seconds / 60:.0f} min without validation"),
+            ("time", f"{duration(self.seconds)} without validation"),
         ]
 
 
@@ -52,15 +51,10 @@ def estimate(
     """Run two steps of each pass count in a scratch folder, and time the second."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(draft, states, target, settings, scratch, fresh=fresh)
-        trainer._new_optimisers()
-        times = {}
-        for stage, (passes, _) in enumerate(settings.stages):
-            groups = trainer._documents()
-            for _ in range(2):
-                batch = pack(states, next(groups), settings.prompt_loss)
-                began = time.perf_counter()
-                trainer._train_step(batch, stage)
-                times[passes] = time.perf_counter() - began
+        times = {
+            passes: trainer.timed_steps(stage, 2)[-1][0]
+            for stage, (passes, _) in enumerate(settings.stages)
+        }
         trainer.save()
         disk = (trainer.folder / "checkpoint.pt").stat().st_size
     slots = sum(len(states.documents[i].tokens) - 1 for i in trainer.training)

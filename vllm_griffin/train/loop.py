@@ -86,7 +86,7 @@ class Trainer:
         if not self.training or not self.validation:
             raise TrainingError(
                 f"{len(self.training)} documents to train on and {len(self.validation)} held out are too "
-                "few: one prompt in 20 is held out"
+                "few: one prompt in 20 is held out; give `data` at least 20 prompts"
             )
         torch.manual_seed(settings.seed)
         some = pack(states, self.training[:64], True)
@@ -252,6 +252,19 @@ class Trainer:
         else:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+
+    def timed_steps(self, stage: int, count: int) -> list[tuple[float, int]]:
+        """Seconds and slots of each of `count` steps of a stage; they change the draft."""
+        if not self.optimisers:
+            self._new_optimisers()
+        groups = self._documents()
+        found = []
+        for _ in range(count):
+            batch = pack(self.states, next(groups), self.settings.prompt_loss)
+            began = time.perf_counter()
+            self._train_step(batch, stage)
+            found.append((time.perf_counter() - began, len(batch.tokens)))
+        return found
 
     def _row(self, passes: int) -> dict[str, float]:
         return {"step": self.step, "passes": passes, "seconds": self.seconds}

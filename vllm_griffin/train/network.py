@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class DraftConfig:
+class NetworkConfig:
     """What the network needs of a Hugging Face `config.json`.
 
     `fusion` is token-guided fusion (TGF), `two_heads` the token-enhanced head (TEH); a plain EAGLE draft
@@ -51,7 +51,7 @@ class DraftConfig:
         two_heads: bool,
         qkv_bias: bool = False,
         head_dim: int = 0,
-    ) -> "DraftConfig":
+    ) -> "NetworkConfig":
         """Read the sizes of a `config.json`, the target's or a draft's; its `head_dim` is not looked at."""
         rope = raw.get("rope_parameters") or {}
         heads = raw["num_attention_heads"]
@@ -62,7 +62,7 @@ class DraftConfig:
             num_attention_heads=heads,
             num_key_value_heads=raw.get("num_key_value_heads") or heads,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=raw.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+            rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
             qkv_bias=qkv_bias,
             fusion=fusion,
             two_heads=two_heads,
@@ -87,7 +87,7 @@ class RMSNorm(nn.Module):
 class FusionMLP(nn.Module):
     """Second half of token-guided fusion: an ungated MLP over two normed inputs that share one norm."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         h, i = config.hidden_size, config.intermediate_size
         self.input_layernorm = RMSNorm(h, config.rms_norm_eps)
@@ -102,7 +102,7 @@ class FusionMLP(nn.Module):
 class Fusion(nn.Module):
     """Token-guided fusion (TGF): embedding and feature [T, h] -> input of the decoder layer [T, h]."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         h = config.hidden_size
         self.fc = nn.Linear(2 * h, h)
@@ -117,7 +117,7 @@ class Fusion(nn.Module):
 class PlainFusion(nn.Linear):
     """EAGLE's fusion: one linear without bias over (embedding, feature)."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__(2 * config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, embeds: Tensor, features: Tensor) -> Tensor:  # type: ignore[override]
@@ -127,7 +127,7 @@ class PlainFusion(nn.Linear):
 class Attention(nn.Module):
     """The four projections of Llama attention; who attends to whom is decided by the caller."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         h, d, bias = config.hidden_size, config.head_dim, config.qkv_bias
@@ -150,7 +150,7 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     """Llama's MLP; with two heads it writes both halves of the output at once."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         h, i = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(h, i, bias=False)
@@ -164,7 +164,7 @@ class GatedMLP(nn.Module):
 class DraftLayer(nn.Module):
     """A Llama decoder layer without input norm."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -174,7 +174,7 @@ class DraftLayer(nn.Module):
 class Draft(nn.Module):
     """The draft model. The LM head is the target's and stays outside."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 # Newton-Schulz coefficients of Muon (Jordan et al., 2024): singular values go to about 1 in five steps.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
+STEPS = 5
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor) -> Tensor:
     """Nearest matrices with equal singular values, roughly: [b, m, n] -> [b, m, n].
 
     X_{k+1} = P_k X_k with P_k = a + b R_k + c R_k^2 and R_k = X_k X_k^T. All P_k are polynomials of R_0, so
@@ -26,13 +27,14 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     gram = x @ x.transpose(1, 2)
     product: Tensor | None = None
-    for k in range(steps):
+    for k in range(STEPS):
         factor = _B * gram + _C * gram @ gram
         factor.diagonal(dim1=1, dim2=2).add_(_A)
         product = factor if product is None else factor @ product
-        if k + 1 < steps:
+        if k + 1 < STEPS:
             gram = factor @ gram @ factor
-    out = x if product is None else product @ x
+    assert product is not None
+    out = product @ x
     return out if wide else out.transpose(1, 2)
 
 

@@ -162,7 +162,7 @@ def staged(passes: int, steps: int) -> list[tuple[int, int]]:
         ValueError: Fewer steps than passes.
     """
     if steps < passes:
-        raise ValueError(f"{steps} steps are too few for {passes} stages")
+        raise ValueError(f"{steps} steps are too few for {passes} stages: raise --steps")
     if passes == 1:
         return [(1, steps)]
     first = max(1, steps * 6 // 10)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from vllm_griffin.model.checkpoint import TensorInfo, find_folder, find_weights, list_tensors
+from vllm_griffin.model.embedding import TARGET_EMBEDDING
 from vllm_griffin.model.files import read_tensors
-from vllm_griffin.train.network import Draft, DraftConfig
+from vllm_griffin.train.network import Draft, NetworkConfig
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 
 
 @dataclass
@@ -49,13 +50,13 @@ def load_target_parts(target: str | Path) -> TargetParts:
     config, tensors = _open(target)
     found = {
         key: tensor.float()
-        for key in (EMBEDDING, HEAD)
+        for key in (TARGET_EMBEDDING, HEAD)
         if key in tensors
         for _, tensor in read_tensors(tensors[key].file, [key])
     }
     # A tied head is not stored.
-    head, scale = found.get(HEAD, found[EMBEDDING]), _logit_scale(config)
-    return TargetParts(config, found[EMBEDDING], head if scale == 1 else head * scale)
+    head, scale = found.get(HEAD, found[TARGET_EMBEDDING]), _logit_scale(config)
+    return TargetParts(config, found[TARGET_EMBEDDING], head if scale == 1 else head * scale)
 
 
 def _open(target: str | Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
@@ -66,14 +67,20 @@ def _open(target: str | Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     source = find_weights(folder)
     tensors = list_tensors(source) if source else {}
     if "lm_head.bias" in tensors:
-        raise ValueError(f"{target}: its LM head has a bias, which drafts do not support")
-    if EMBEDDING not in tensors:
-        raise KeyError(f"{target}: no {EMBEDDING} in its weights")
+        raise ValueError(
+            f"{target}: its LM head has a bias, which drafts do not support; take another target"
+        )
+    if TARGET_EMBEDDING not in tensors:
+        raise KeyError(
+            f"{target}: no {TARGET_EMBEDDING} in its weights; take a target of the Llama family"
+        )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "max_position_embeddings" not in config:
         raise KeyError(f"{target}: its config.json has no 'max_position_embeddings'")
     if config.get("final_logit_softcapping"):
-        raise ValueError(f"{target}: its logits are soft-capped, which drafts do not support")
+        raise ValueError(
+            f"{target}: its logits are soft-capped, which drafts do not support; take another target"
+        )
     return config, tensors
 
 
@@ -95,7 +102,7 @@ def new_draft(parts: TargetParts, *, fusion: bool = True, two_heads: bool = True
         KeyError: The target's configuration lacks a size; it is named.
     """
     try:
-        config = DraftConfig.from_dict(
+        config = NetworkConfig.from_dict(
             parts.config,
             fusion=fusion,
             two_heads=two_heads,
