@@ -34,6 +34,11 @@ from vllm_griffin.kernels.packed_bits import unpack_bits
 # Splitting a prefix pays from so many keys a part on; more parts cost more to merge than they win.
 SPLIT_KEYS = 256
 MOST_SPLITS = 32
+# Keys of a block.
+KEYS = 32
+# Bytes of queries and of all stages' keys and values: compiled, that is 84 KiB at most, and small GPUs
+# have 99 for a program.
+SHARED_MEMORY = 112 * 1024
 COMPUTED_AS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -49,8 +54,9 @@ class TreeContext:
         tail_start: First row of the request's tail in ``k_tail`` and ``v_tail``.
         tail_bits: Bit ``j`` of row ``i`` (word ``j // 64``, bit ``j % 64``) set: row ``i`` sees tail
             key ``j``. Keys that no row sees are never read.
-        tail_cached: The tail's keys and values follow the prefix in the cache, as those of a
-            verification do, and are read there: so a row sees what the cache keeps of them.
+        tail_cached: The tail is the request's rows themselves, each of which sees itself. Their keys and
+            values follow the prefix in the cache, as those of a verification do, and are read there: so
+            a row sees what the cache keeps of them.
     """
 
     # [B, max_blocks] int32
@@ -218,24 +224,24 @@ def load_cached(
     k_base,
     # [1, BLOCK_D]
     v_base,
-    # Of the request
-    table_ptr,
+    # [BLOCK_N]: of each key
+    block,
     # [BLOCK_N]: places in the request's text
     key,
     # [BLOCK_N]: which of them to load, the others are 0
     wanted,
     # [BLOCK_D]
     is_dim,
-    block_size,
     k_block_stride,
     k_token_stride,
     v_block_stride,
     v_token_stride,
+    BLOCK_SIZE: tl.constexpr,
 ):
     """Keys [BLOCK_D, BLOCK_N] and values [BLOCK_N, BLOCK_D] from the paged cache."""
-    block = tl.load(table_ptr + key // block_size, mask=wanted, other=0).to(tl.int64)
-    k_offset = block * k_block_stride + (key % block_size) * k_token_stride
-    v_offset = block * v_block_stride + (key % block_size) * v_token_stride
+    block = block.to(tl.int64)
+    k_offset = block * k_block_stride + (key % BLOCK_SIZE) * k_token_stride
+    v_offset = block * v_block_stride + (key % BLOCK_SIZE) * v_token_stride
     k = tl.load(k_base + k_offset[None, :], mask=is_dim[:, None] & wanted[None, :], other=0.0)
     v = tl.load(v_base + v_offset[:, None], mask=wanted[:, None] & is_dim[None, :], other=0.0)
     return k, v
@@ -345,9 +351,9 @@ def _tree_attention_kernel(
     v_scale_stride,
     q_scale_stride,
     max_rows,
-    block_size,
     head_dim,
     num_tail_keys,
+    BLOCK_SIZE: tl.constexpr,
     TAIL_CACHED: tl.constexpr,
     COMPUTE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -392,13 +398,18 @@ def _tree_attention_kernel(
     blocks_per_split = tl.cdiv(tl.cdiv(prefix_len, BLOCK_N), SPLITS)
     first_key = split * blocks_per_split * BLOCK_N
     end_key = tl.minimum(first_key + blocks_per_split * BLOCK_N, prefix_len)
+    key = first_key + tl.arange(0, BLOCK_N)
+    block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end_key, other=0)
     for start in range(first_key, end_key, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         cached = key < prefix_len
         k, v = load_cached(
-            k_base, v_base, table_ptr, key, cached, is_dim, block_size,
-            k_block_stride, k_token_stride, v_block_stride, v_token_stride,
+            k_base, v_base, block, key, cached, is_dim,
+            k_block_stride, k_token_stride, v_block_stride, v_token_stride, BLOCK_SIZE,
         )  # fmt: skip
+        # An iteration ahead: loads that wait for a load would not overlap with the products.
+        following = key + BLOCK_N
+        block = tl.load(table_ptr + following // BLOCK_SIZE, mask=following < end_key, other=0)
         top, total, acc = attend_block(q, k, v, cached[None, :], cache_scale_log2, top, total, acc)
     if v_scale_ptr is not None and not TAIL_CACHED:
         acc *= tl.load(v_scale_ptr + kv_head * v_scale_stride)
@@ -408,20 +419,27 @@ def _tree_attention_kernel(
     v_tail_base = v_tail_ptr + kv_head * v_tail_head_stride + d[None, :]
     for start in range(0, tl.where(split == SPLITS - 1, num_tail_keys, 0), BLOCK_N):
         visible = load_bits(bits_base, start, is_row, bits_word_stride, BLOCK_N)
-        # Keys that no row sees may lie out of bounds, or in memory nobody has written.
-        seen = tl.max(visible.to(tl.int32), axis=0) > 0
+        place = start + tl.arange(0, BLOCK_N)
         if TAIL_CACHED:
+            key, own = prefix_len + place, place < num_rows
+            block = tl.load(table_ptr + key // BLOCK_SIZE, mask=own, other=0)
             k, v = load_cached(
-                k_base, v_base, table_ptr, prefix_len + start + tl.arange(0, BLOCK_N), seen, is_dim,
-                block_size, k_block_stride, k_token_stride, v_block_stride, v_token_stride,
+                k_base, v_base, block, key, own, is_dim,
+                k_block_stride, k_token_stride, v_block_stride, v_token_stride, BLOCK_SIZE,
             )  # fmt: skip
             top, total, acc = attend_block(q, k, v, visible, cache_scale_log2, top, total, acc)
         else:
-            key = tail_start + start + tl.arange(0, BLOCK_N)
+            # Keys that no row sees may lie out of bounds, or in memory nobody has written.
+            seen = tl.max(visible.to(tl.int32), axis=0) > 0
+            tail_key = tail_start + place
             k_mask = is_dim[:, None] & seen[None, :]
             v_mask = seen[:, None] & is_dim[None, :]
-            k = tl.load(k_tail_base + (key * k_tail_token_stride)[None, :], mask=k_mask, other=0.0)
-            v = tl.load(v_tail_base + (key * v_tail_token_stride)[:, None], mask=v_mask, other=0.0)
+            k = tl.load(
+                k_tail_base + (tail_key * k_tail_token_stride)[None, :], mask=k_mask, other=0.0
+            )
+            v = tl.load(
+                v_tail_base + (tail_key * v_tail_token_stride)[:, None], mask=v_mask, other=0.0
+            )
             top, total, acc = attend_block(q, k, v, visible, scale_log2, top, total, acc)
     if v_scale_ptr is not None and TAIL_CACHED:
         acc *= tl.load(v_scale_ptr + kv_head * v_scale_stride)
@@ -523,14 +541,16 @@ class Blocks:
         d = max(16, triton.next_power_of_2(head_dim))
         # Larger accumulators than this spill registers, and take minutes to compile in float32.
         largest = 16384 // (d * dtype.itemsize)
+        m = max(16, min(64, largest, triton.next_power_of_2(most_rows)))
+        queries, keys_and_values = m * d * dtype.itemsize, 2 * KEYS * d * dtype.itemsize
         return cls(
-            m=max(16, min(64, largest, triton.next_power_of_2(most_rows))),
-            n=64 if dtype.itemsize == 2 else 32,
+            m=m,
+            n=KEYS,
             d=d,
             # The interpreter multiplies bfloat16 as the integers it keeps them in.
             compute=tl.float32 if interpreted() else COMPUTED_AS[dtype],
-            # Two stages of keys and values must fit in the shared memory of small GPUs.
-            stages=2 if d * dtype.itemsize < 512 else 1,
+            # Three: loads run two blocks ahead of the products.
+            stages=max(1, min(3, (SHARED_MEMORY - queries) // keys_and_values)),
         )
 
     def options(self) -> dict[str, Any]:
@@ -606,8 +626,9 @@ def tree_attention_triton(
         *q.stride()[:2], *k_cache.stride(), *v_cache.stride(),
         *k_tail.stride()[:2], *v_tail.stride()[:2],
         context.block_table.stride(0), *context.tail_bits.stride(), *part.stride()[:3],
-        *weight.stride()[:2], *scale_strides(scales), max_rows, block_size, head_dim, 64 * words,
-        TAIL_CACHED=context.tail_cached, SPLITS=splits, GROUP=group, **blocks.options(),
+        *weight.stride()[:2], *scale_strides(scales), max_rows, head_dim, 64 * words,
+        BLOCK_SIZE=block_size, TAIL_CACHED=context.tail_cached, SPLITS=splits, GROUP=group,
+        **blocks.options(),
     )  # fmt: skip
     if splits > 1:
         merged = 16

@@ -150,9 +150,9 @@ def _tree_tail_kernel(
     k_scale_stride,
     v_scale_stride,
     q_scale_stride,
-    block_size,
     head_dim,
     num_tail_keys,
+    BLOCK_SIZE: tl.constexpr,
     COMPUTE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -199,11 +199,12 @@ def _tree_tail_kernel(
     bits_base = tail_bits_ptr + request * bits_request_stride + row * bits_row_stride
     for start in range(0, num_tail_keys, BLOCK_N):
         visible = load_bits(bits_base, start, is_row, bits_word_stride, BLOCK_N)
-        # Keys that no row sees may lie past the block table.
-        seen = tl.max(visible.to(tl.int32), axis=0) > 0
+        place = start + tl.arange(0, BLOCK_N)
+        key, own = prefix_len + place, place < num_rows
+        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=own, other=0)
         k, v = load_cached(
-            k_base, v_base, table_ptr, prefix_len + start + tl.arange(0, BLOCK_N), seen, is_dim,
-            block_size, k_block_stride, k_token_stride, v_block_stride, v_token_stride,
+            k_base, v_base, block, key, own, is_dim,
+            k_block_stride, k_token_stride, v_block_stride, v_token_stride, BLOCK_SIZE,
         )  # fmt: skip
         top, total, acc = attend_block(q, k, v, visible, scale_log2, top, total, acc)
     acc = acc * value_scale / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -241,8 +242,8 @@ def tree_tail_triton(
         scale * math.log2(math.e), math.log2(math.e),
         *q.stride()[:2], *k_cache.stride(), *v_cache.stride(), *prefix_out.stride()[:2],
         *prefix_lse.stride(), context.block_table.stride(0), *context.tail_bits.stride(),
-        *out.stride()[:2], *scale_strides(scales), block_size, head_dim, 64 * words,
-        GROUP=group, **blocks.options(),
+        *out.stride()[:2], *scale_strides(scales), head_dim, 64 * words,
+        BLOCK_SIZE=block_size, GROUP=group, **blocks.options(),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import pytest
 from vllm import envs
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_griffin import engine_features
 from vllm_griffin.compat.patches import OWN_FIELDS
@@ -21,6 +22,7 @@ from vllm_griffin.config import (
     griffin_config,
 )
 from vllm_griffin.engine_features import check_engine
+from vllm_griffin.runner.speculator import TreeSpeculator
 from vllm_griffin.tree_shape import max_tree_nodes
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "a"
@@ -261,6 +263,25 @@ def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True, raising=False)
     with pytest.raises(ValueError, match="does not support batch-invariant mode: unset VLLM"):
         check_engine(config)
+
+
+def test_a_backend_that_splits_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its block tables are others than the engine's, which drafting and compaction read."""
+    group = SimpleNamespace(
+        kernel_block_size=128,
+        kv_cache_spec=SimpleNamespace(block_size=256),
+        backend=SimpleNamespace(get_name=lambda: "FLASH_ATTN"),
+    )
+
+    def set_attn(self: TreeSpeculator) -> None:
+        self.attn_groups, self.target_attn_groups = [], [[group]]
+
+    monkeypatch.setattr(DraftModelSpeculator, "set_attn", set_attn)
+    speculator = TreeSpeculator.__new__(TreeSpeculator)
+    with pytest.raises(ValueError, match="block_size=256 with attention backend FLASH_ATTN"):
+        speculator.set_attn()
+    group.kernel_block_size = None
+    speculator.set_attn()
 
 
 def test_a_draft_that_ranks_cannot_share_is_refused() -> None:

@@ -24,6 +24,7 @@ from tests.engine.harness import Request, engine, random_prompt, run
 from vllm_griffin.cost import StepTimer
 from vllm_griffin.kernels.tree_attention import TreeContext
 from vllm_griffin.runner.extend import decode_rows
+from vllm_griffin.runner.model_state import GriffinModelState
 
 # Trees by batch size, and the token counts that are captured. With one size of tree a batch of two
 # requests is padded to three.
@@ -207,3 +208,24 @@ def test_every_tree_that_may_be_chosen_has_a_graph() -> None:
         trees = runner_of(llm).speculator.graphs._capture_descs[CUDAGraphMode.FULL]
     assert {d.uniform_token_count for d in descs} == {1, 4, 8, 31}
     assert {d.num_nodes for d in trees} == {3, 7, 30}
+
+
+def test_trimmed_trees_have_the_rows_of_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the context's end the scheduler trims; for any other number of rows a GPU would compile kernels."""
+    attended: set[int] = set()
+    drafted: set[int] = set()
+    rows_of = GriffinModelState._tree_rows
+
+    def watched(self: GriffinModelState, batch: Any, full_graph: bool) -> Any:
+        rows, alone = rows_of(self, batch, full_graph)
+        if rows is not None:
+            attended.add(rows.bits.shape[1])
+            drafted.add(int(batch.num_draft_tokens_per_req.max()))
+        return rows, alone
+
+    monkeypatch.setattr(GriffinModelState, "_tree_rows", watched)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+    with engine("tiny", {"num_speculative_tokens": 12}, max_model_len=48) as llm:
+        run(llm, [Request("r", list(range(5, 25)), params)])
+    assert attended == {13}
+    assert min(drafted) < 12 == max(drafted)

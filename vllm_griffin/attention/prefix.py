@@ -7,6 +7,7 @@ and batch size, so both are timed at start-up; ``VLLM_GRIFFIN_TREE_ATTENTION`` o
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from vllm_griffin.kernels.tree_tail import tree_tail
 
 ENV = "VLLM_GRIFFIN_TREE_ATTENTION"
 FORMS = ("auto", "split", "prefix")
-# Of the timed steps. The caches are far larger than what a GPU caches of them, and small beside its memory.
+# Of the timed steps. The cache is far larger than what a GPU caches of it, and small beside its memory.
 TIMED_CONTEXT = 4096
 TIMED_CACHE_BYTES = 1 << 27
 
@@ -142,15 +143,22 @@ def both_forms(
     length = max(1, min(shape.context - shape.rows, TIMED_CONTEXT))
     per_request = -(-(length + shape.rows) // shape.block_size)
     width = 2 * shape.kv_heads * shape.block_size * shape.head_dim
-    blocks = min(batch * per_request, TIMED_CACHE_BYTES // (width * shape.dtype.itemsize))
+    # On a CPU, where nothing is timed, as few as hold two steps.
+    fitting = TIMED_CACHE_BYTES // (width * shape.dtype.itemsize)
+    blocks = fitting if device.type == "cuda" else min(fitting, 2 * batch * per_request)
     layout = (blocks, shape.kv_heads, shape.block_size, 2 * shape.head_dim)
     cache = torch.randn(layout, dtype=shape.dtype, device=device)
     k_cache, v_cache = cache.split(shape.head_dim, dim=-1)
-    # Where not all have room, requests share blocks, in any order.
     # As wide as the engine's, by which our kernel tells into how many parts it splits a prefix; a context
     # shorter than a tree still has one here.
     columns = max(per_request, -(-shape.context // shape.block_size))
-    table = torch.randint(blocks, (batch, columns), dtype=torch.int32, device=device)
+    # One call after another reads other blocks, as the layers of a step do. Where even one has no room
+    # for all requests, they share blocks.
+    calls = max(1, blocks // (batch * per_request))
+    order = torch.randperm(blocks, device=device).int()
+    order = order.repeat(-(-batch * per_request // blocks))[: calls * batch * per_request]
+    tables = torch.zeros(calls, batch, columns, dtype=torch.int32, device=device)
+    tables[:, :, :per_request] = order.view(calls, batch, per_request)
     query_start = torch.arange(batch + 1, dtype=torch.int32, device=device) * shape.rows
     starts, words = query_start[:-1], num_words(shape.rows)
     # Both forms read a tail's keys whatever share of them a row sees: here half.
@@ -158,7 +166,11 @@ def both_forms(
     last = torch.arange(words, device=device) * 64 + 64 > shape.rows
     bits = torch.where(last, bits & ((1 << (shape.rows % 64)) - 1), bits)
     rows, lengths = torch.full_like(starts, shape.rows), torch.full_like(starts, length)
-    context = TreeContext(table, lengths, starts, rows, starts, bits, tail_cached=True)
+    contexts = [
+        TreeContext(table, lengths, starts, rows, starts, bits, tail_cached=True)
+        for table in tables
+    ]
+    of_split, of_prefix = itertools.cycle(contexts), itertools.cycle(contexts)
     q = torch.randn(
         batch * shape.rows, shape.heads, shape.head_dim, dtype=shape.dtype, device=device
     )
@@ -167,10 +179,12 @@ def both_forms(
     longest = shape.rows, length
 
     def split() -> None:
-        tree_attention(q, k_cache, v_cache, tail, tail, context, scale, out)
+        tree_attention(q, k_cache, v_cache, tail, tail, next(of_split), scale, out)
 
     def prefix() -> None:
-        attend_from_prefix(flash, q, k_cache, v_cache, context, query_start, *longest, scale, out)
+        attend_from_prefix(
+            flash, q, k_cache, v_cache, next(of_prefix), query_start, *longest, scale, out
+        )
 
     return split, prefix
 

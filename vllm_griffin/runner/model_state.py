@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_griffin.attention.metadata import TreeRows, attach_tree
+from vllm_griffin.config import griffin_config
 from vllm_griffin.runner.processors import watch_processors
 from vllm_griffin.runner.sampler import TreeVerifier
 from vllm_griffin.runner.synthetic import SyntheticVerifier
@@ -39,6 +40,9 @@ class GriffinModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.trees = trees
         self.verifier_slot = verifier_slot
+        spec = griffin_config(vllm_config)
+        assert spec is not None
+        self._sizes = spec.tree_sizes
         slots = vllm_config.scheduler_config.max_num_seqs
         self.rows = TreeRows.empty(slots, trees.bits)
 
@@ -121,7 +125,9 @@ class GriffinModelState(DefaultModelState):
         if padded > num_reqs:
             self.rows.num_rows[num_reqs:padded] = 0
             self.rows.prefix_lens[num_reqs:padded] = 0
-        return self.rows.of(padded, 1 + int(drafts.max())), alone
+        # A size that there are kernels for: where all trees are trimmed, another would be compiled.
+        size = next(n for n in self._sizes if n >= drafts.max())
+        return self.rows.of(padded, 1 + size), alone
 
     def _rows_to_capture(self, batch: InputBatch) -> TreeRows | None:
         """Rows for the capture of a full graph of a uniform batch; None if it is one of plain decodes.

@@ -4,6 +4,7 @@ Shapes: B requests of the batch, h hidden size, N nodes, K top_k, D levels.
 """
 
 import functools
+import itertools
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -130,6 +131,21 @@ class TreeSpeculator(DraftModelSpeculator):
             return load_weights(*args, **kwargs)
 
         self._target.__dict__["load_weights"] = loading
+
+    def set_attn(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's.
+
+        Raises:
+            ValueError: A backend reads the cache in smaller blocks than the block tables name.
+        """
+        super().set_attn(*args, **kwargs)
+        for group in itertools.chain(*self.attn_groups, *self.target_attn_groups):
+            if group.kernel_block_size is not None:
+                raise ValueError(
+                    f"method 'griffin' does not support block_size={group.kv_cache_spec.block_size} "
+                    f"with attention backend {group.backend.get_name()}, which reads blocks of "
+                    f"{group.kernel_block_size}: set block_size to that"
+                )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Plans graphs of the draft where the target's verification gets full graphs."""
