@@ -290,10 +290,11 @@ def load_bits(
     BLOCK_N: tl.constexpr,
 ):
     """[BLOCK_M, BLOCK_N]: whether a row sees tail keys start .. start + BLOCK_N - 1."""
-    # BLOCK_N divides 64: a block of keys lies in one word.
+    # A block of keys lies in one half of a word.
+    tl.static_assert(BLOCK_N <= 32)
     word = tl.load(bits_ptr + (start // 64) * word_stride, mask=is_row, other=0)
-    shift = (start % 64 + tl.arange(0, BLOCK_N)).to(tl.int64)
-    return ((word[:, None] >> shift[None, :]) & 1) != 0
+    half = (word >> (start % 64)).to(tl.int32)
+    return ((half[:, None] >> tl.arange(0, BLOCK_N)[None, :]) & 1) != 0
 
 
 @triton.jit

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_griffin.markdown import code_block
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -225,8 +227,7 @@ def _page(runs: Sequence[Run], panels: Sequence[Panel]) -> list[str]:
     for run in runs:
         best, last = run.best, run.rows[-1]
         lines += [f"## {run.name}", ""]
-        if "command" in run.record:
-            lines += ["```", str(run.record["command"]), "```", ""]
+        lines += code_block(run.record.get("command"))
         shown = ("commit", "seed", "started")
         facts = [f"{k} {run.record[k]}" for k in shown if run.record.get(k) is not None]
         lines += [", ".join(facts), ""] if facts else []

@@ -40,6 +40,7 @@ def test_kernels_compile_for_cuda(tmp_path, capability):
         timeout=600,
     )
     assert run.returncode == 0, run.stderr
-    shared = [line.split() for line in run.stdout.splitlines()]
-    assert {name for name, _ in shared} == KERNELS
-    assert all(int(size) <= SHARED_MEMORY for _, size in shared), run.stdout
+    kernels = [line.split() for line in run.stdout.splitlines()]
+    assert {name for name, _, _ in kernels} == KERNELS
+    assert all(int(shared) <= SHARED_MEMORY for _, shared, _ in kernels), run.stdout
+    assert all(spilled == "0" for _, _, spilled in kernels), run.stdout
