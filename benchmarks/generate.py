@@ -256,7 +256,7 @@ def _run(
     }
     if CPU not in os.environ:
         # All engines share the device.
-        arguments["gpu_memory_utilization"] = 0.9 / (1 + len(specs))
+        arguments["gpu_memory_utilization"] = 0.9 / (len(settings["baselines"]) + len(specs))
     with engines(
         target, settings["baselines"], specs, arguments | options, settings["logs"]
     ) as made:

@@ -172,6 +172,7 @@ def test_every_field_of_vllm_is_honoured_or_refused() -> None:
     ("named", "chosen"),
     [
         ({}, "FLASH_ATTN"),
+        ({"attention_backend": "auto"}, "FLASH_ATTN"),
         ({"attention_backend": "TRITON_ATTN"}, "TRITON_ATTN"),
         ({"attention_config": {"backend": "FLASHINFER"}}, "FLASHINFER"),
     ],
@@ -187,31 +188,36 @@ def test_where_vllm_prefers_flashinfer_flash_attention_is_named(
     engine_features.prefer_backend(args)
     found = args.attention_backend or args.attention_config.backend
     assert getattr(found, "name", found) == chosen
+    assert make(**named).attention_config.backend.name == chosen
 
 
 @pytest.mark.parametrize(
-    ("spec", "warned"),
+    ("spec", "advice"),
     [
-        ({"num_speculative_tokens": 59}, True),
-        ({"num_speculative_tokens": 7}, False),
+        ({"num_speculative_tokens": 59}, "or give larger batches smaller trees"),
+        ({"num_speculative_tokens": 59, "tree_budget": 9}, "Lower max_num_seqs"),
+        ({"num_speculative_tokens": 7}, None),
         (
             {
                 "num_speculative_tokens": 59,
                 "num_speculative_tokens_per_batch_size": [(1, 8, 59), (9, 64, 0)],
             },
-            False,
+            None,
         ),
     ],
 )
 def test_more_trees_than_a_step_holds_are_warned_of(
-    spec: dict[str, Any], warned: bool, monkeypatch: pytest.MonkeyPatch
+    spec: dict[str, Any], advice: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(engine_features.logger, "warning", lambda text, *n: said.append(text % n))
     make(spec, max_num_seqs=64, max_num_batched_tokens=512)
-    assert len(said) == warned
-    if warned:
+    assert len(said) == (advice is not None)
+    if advice is not None:
         assert "max_num_batched_tokens=512 holds the trees of 8 requests" in said[0]
+        assert advice in said[0]
+        # One is refused beside the other.
+        assert ("per_batch_size" in said[0]) == ("tree_budget" not in spec)
 
 
 def test_an_absurd_shape_costs_no_more_than_its_nodes() -> None:

@@ -1,4 +1,4 @@
-"""Engine features that griffin does not support: each is refused at start-up, by name."""
+"""An engine's features at start-up: what griffin does not support is refused, by name."""
 
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
 def prefer_backend(args: "EngineArgs") -> None:
     """Names FlashAttention where vLLM would choose FlashInfer, which has no tree form; a named one stays."""
     config = args.attention_config
-    if args.attention_backend is not None or config.backend is not None or config.backend_per_kind:
+    named = args.attention_backend or config.backend or "auto"
+    if str(named).lower() != "auto" or config.backend_per_kind:
         return
     # vLLM's order of backends differs on data-centre Blackwell only.
     if current_platform.is_cuda() and current_platform.is_device_capability_family(100):
@@ -60,9 +61,11 @@ def warn_of_rows(vllm_config: VllmConfig) -> None:
         logger.warning(
             "griffin: a step of max_num_batched_tokens=%d holds the trees of %d requests (1 + "
             "num_speculative_tokens=%d rows each), and max_num_seqs=%d may run: the others wait. "
-            "Lower max_num_seqs, or give larger batches smaller trees by "
-            "num_speculative_tokens_per_batch_size",
+            "Lower max_num_seqs%s",
             *(most, most // rows, spec.num_speculative_tokens, scheduler.max_num_seqs),
+            ""
+            if spec.tree_budget
+            else ", or give larger batches smaller trees by num_speculative_tokens_per_batch_size",
         )
 
 

@@ -61,7 +61,7 @@ def headers(source: str) -> Iterator[str]:
 @click.option(
     "--with-examples",
     is_flag=True,
-    help="Only functions, not methods, whose docstring has examples.",
+    help="Only those whose docstring has examples and whose first line no `self`.",
 )
 @click.option("--seed", default=0, show_default=True)
 def main(

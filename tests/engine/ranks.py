@@ -17,7 +17,7 @@ class RankProbe:
     def record_decisions(self) -> None:
         """From here on keep every walk and every tree, bit for bit."""
         speculator = self.model_runner.speculator
-        verifier, trees = speculator.verifier.verifier, speculator.trees
+        verifier, trees = speculator.verifier_slot.verifier, speculator.trees
         take_walk, store = verifier.take_walk, trees.store
         self.decisions: list[tuple] = []
 

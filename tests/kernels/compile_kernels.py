@@ -54,10 +54,11 @@ def compile_instead(self, *args, grid, warmup=False, **kwargs):
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = LAUNCH(self, *args, grid=grid, warmup=True, **kwargs)
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
+    found = re.findall(r"(\d+) bytes spill", log.getvalue())
     # Products of float32 are made of scalars, which no number of registers holds.
     attends = kwargs.get("COMPUTE") in (tl.bfloat16, tl.float16)
-    print(self.__name__, compiled.metadata.shared, spilled if attends else 0)
+    assert found or not attends, f"no word on registers: {log.getvalue()}"
+    print(self.__name__, compiled.metadata.shared, sum(map(int, found)) if attends else 0)
     return compiled
 
 

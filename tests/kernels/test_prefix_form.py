@@ -148,15 +148,25 @@ ENGINE = SimpleNamespace(
 def test_our_kernel_stands_in_where_flash_attention_refuses(monkeypatch):
     monkeypatch.delenv(prefix.ENV, raising=False)
 
-    def refuse(*_):
+    def refuse(**_):
         raise error
 
-    monkeypatch.setattr(backends, "faster_forms", refuse)
+    def choose():
+        prefix.faster_forms.cache_clear()
+        return backends.choose_form(IMPL, SPEC, ENGINE, torch.device("cpu"), 32)
+
+    monkeypatch.setattr(prefix, "flash_attention", lambda version: refuse)
+    monkeypatch.setattr("triton.testing.do_bench_cudagraph", lambda attend, **_: attend() or 1.0)
     error = NotImplementedError("no log-sum-exp\nof this shape")
-    assert backends.choose_form(IMPL, SPEC, ENGINE, torch.device("cpu"), 32) == {1: False}
+    assert choose() == {1: False}
     error = torch.OutOfMemoryError("full")
     with pytest.raises(torch.OutOfMemoryError):
-        backends.choose_form(IMPL, SPEC, ENGINE, torch.device("cpu"), 32)
+        choose()
+    # What our own kernel raises is no refusal of FlashAttention's.
+    monkeypatch.setattr(prefix, "tree_attention", lambda *_: 1 / 0)
+    monkeypatch.setattr(prefix, "attend_from_prefix", lambda *_: None)
+    with pytest.raises(ZeroDivisionError):
+        choose()
 
 
 def test_forms_are_timed_for_batches_that_can_be(monkeypatch):

@@ -48,6 +48,11 @@ def test_a_draft_alone_is_served_with_its_target_and_tree(speculator: Path) -> N
     assert drafted.acceptance_length > 1
 
 
+def test_what_griffin_refuses_is_refused_of_a_draft_alone_too(speculator: Path) -> None:
+    with pytest.raises(ValueError, match="does not support sleep mode"):
+        engine_config(speculator, enable_sleep_mode=True)
+
+
 def test_named_beside_its_target_it_is_a_draft_like_any_other(speculator: Path) -> None:
     spec = {"method": "griffin", "model": str(speculator), "tree_depth": 3}
     config = engine_config(TARGET, speculative_config=spec).speculative_config

@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_griffin.attention.metadata import attached_tree, only_tree
 from vllm_griffin.attention.prefix import (
     ENV,
+    FlashAttentionRefusal,
     Shape,
     attend_from_prefix,
     demanded_form,
@@ -276,10 +277,8 @@ def choose_form(
     )
     try:
         found = faster_forms(shape, impl.vllm_flash_attn_version, device)
-    except torch.OutOfMemoryError:
-        raise
-    # Versions of FlashAttention refuse shapes with errors of any type.
-    except Exception as error:
+    except FlashAttentionRefusal as refusal:
+        error = refusal.error
         logger.warning_once(
             "griffin: FlashAttention %s cannot attend the prefix of trees here (%s: %s), our kernel does",
             *(impl.vllm_flash_attn_version, type(error).__name__, first_line(error)),

@@ -109,11 +109,41 @@ class Shape:
     graph_rows: int = 0
 
 
+class FlashAttentionRefusal(Exception):
+    """FlashAttention cannot attend these shapes.
+
+    Attributes:
+        error: What it raised.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _or_refusal(flash: Callable[..., Any]) -> Callable[..., Any]:
+    """FlashAttention, its errors told from those of our kernels."""
+
+    def attend(**arguments: Any) -> Any:
+        try:
+            return flash(**arguments)
+        except torch.OutOfMemoryError:
+            raise
+        # Versions differ in what they raise.
+        except Exception as error:
+            raise FlashAttentionRefusal(error) from error
+
+    return attend
+
+
 @functools.cache
 def faster_forms(shape: Shape, fa_version: int, device: torch.device) -> dict[int, bool]:
     """Whether `prefix` is the faster form, by number of requests 1, 4, 16 .. `shape.batch`.
 
     Synthetic trees of full size behind equal prefixes; called while no graph is being captured.
+
+    Raises:
+        FlashAttentionRefusal: there is no form `prefix` of this shape.
     """
     from triton.testing import do_bench, do_bench_cudagraph
 
@@ -123,9 +153,8 @@ def faster_forms(shape: Shape, fa_version: int, device: torch.device) -> dict[in
     found = {}
     for batch in sizes:
         captured = batch * shape.rows <= shape.graph_rows
-        flash = functools.partial(
-            flash_attention(fa_version), num_splits=shape.graph_splits if captured else 0
-        )
+        splits = shape.graph_splits if captured else 0
+        flash = _or_refusal(functools.partial(flash_attention(fa_version), num_splits=splits))
         split, prefix = both_forms(shape, batch, flash, device)
         if device.type == "cuda":
             # Graphs are timed on a stream of their own, which would not wait for these inputs.

@@ -43,8 +43,11 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
                 asked[key] = value
         from vllm_griffin.compat import check_version
         from vllm_griffin.config import make_config
+        from vllm_griffin.engine_features import prefer_backend
 
         check_version()
+        # vLLM reads what is named there after this.
+        prefer_backend(self)
         return make_config(
             asked,
             target_model_config=target_model_config,
@@ -92,14 +95,13 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(
         self: Any, usage_context: Any = None, headless: bool = False
     ) -> "VllmConfig":
-        if not _wants_griffin(self):
-            return original(self, usage_context, headless)
-        from vllm_griffin.engine_features import check_engine, prefer_backend, warn_of_rows
-
-        prefer_backend(self)
         vllm_config = original(self, usage_context, headless)
-        check_engine(vllm_config)
-        warn_of_rows(vllm_config)
+        # Asked only now: `vllm serve DRAFT` learns in there what it is to serve.
+        if _wants_griffin(self):
+            from vllm_griffin.engine_features import check_engine, warn_of_rows
+
+            check_engine(vllm_config)
+            warn_of_rows(vllm_config)
         return vllm_config
 
     return create_engine_config
