@@ -244,7 +244,7 @@ SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "size above the largest": (
         sizes([1, 4, 60]),
         "num_speculative_tokens_per_batch_size asks for 60 nodes, num_speculative_tokens=59 is the "
-        "most",
+        "most: raise that, or ask for fewer",
     ),
     "sizes from 2": (sizes([2, 4, 6]), f"{SIZES}: The first batch-size range must start at 1 ..."),
     "sizes overlap": (

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -404,7 +405,9 @@ def test_dry_run_writes_nothing(small_target: Path, small_data: Path, tmp_path: 
     shown = run_command("train", "--target", small_target, "--data", small_data, "--output",
                         tmp_path / "d", "--stages", "1:20,2:10", "--batch-tokens", 100,
                         "--dry-run")  # fmt: skip
-    assert "57 to train on, 3 held out" in shown and "with 2 passes" in shown and "MiB" in shown
+    assert "57 to train on, 3 held out" in shown and "with 2 passes" in shown
+    for what in ("disk", "memory"):
+        assert re.search(rf"{what}  [\d.]+ [KMG]iB", shown), shown
     assert not (tmp_path / "d").exists()
 
 

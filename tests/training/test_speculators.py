@@ -49,8 +49,8 @@ def test_a_draft_alone_is_served_with_its_target_and_tree(speculator: Path) -> N
 
 
 def test_what_griffin_refuses_is_refused_of_a_draft_alone_too(speculator: Path) -> None:
-    with pytest.raises(ValueError, match="does not support sleep mode"):
-        engine_config(speculator, enable_sleep_mode=True)
+    with pytest.raises(ValueError, match="does not support KV connectors and offloading"):
+        engine_config(speculator, kv_offloading_size=1.0)
 
 
 def test_named_beside_its_target_it_is_a_draft_like_any_other(speculator: Path) -> None:
