@@ -36,8 +36,8 @@ SPLIT_KEYS = 256
 MOST_SPLITS = 32
 # Keys of a block.
 KEYS = 32
-# Bytes of queries and of all stages' keys and values: compiled, that is 84 KiB at most, and small GPUs
-# have 99 for a program.
+# Bytes of queries and of all stages' keys and values: compiled, at most 84 KiB of that are shared memory
+# (`python tests/kernels/compile_kernels.py 90` prints them), of which small GPUs have 99 for a program.
 SHARED_MEMORY = 112 * 1024
 COMPUTED_AS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

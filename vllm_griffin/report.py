@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_griffin.compat import INSTALL_TRAIN
 from vllm_griffin.markdown import code_block
 
 if TYPE_CHECKING:
@@ -171,9 +172,7 @@ def _draw(panel: Panel, runs: Sequence[Run], output: Path) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ReportError(
-            "curves need matplotlib: pip install -e '.[train]' in vllm-griffin's folder"
-        ) from error
+        raise ReportError(f"curves need matplotlib: {INSTALL_TRAIN}") from error
     figure = Figure(figsize=(5.5 * len(runs) + 1, 3.2 * len(parts) + 0.6), layout="constrained")
     axes = figure.subplots(len(parts), len(runs), squeeze=False, sharex="col", sharey="row")
     for (label, keys), row in zip(parts, axes, strict=True):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vllm_griffin.commands.options import config_option, reason
+from vllm_griffin.compat import INSTALL_TRAIN
 
 if TYPE_CHECKING:
     from vllm_griffin.tree_shape import TreeShape
@@ -191,9 +192,7 @@ def _check_options(
     if replay is not None and dtype != "float32":
         raise click.UsageError("a replay computes in float32: leave --dtype out")
     if output is not None and importlib.util.find_spec("matplotlib") is None:
-        raise click.UsageError(
-            "--output draws a picture: pip install -e '.[train]' in vllm-griffin's folder"
-        )
+        raise click.UsageError(f"--output draws a picture: {INSTALL_TRAIN}")
     if write_card and (replay is not None or output is None):
         raise click.UsageError("--write-card needs a result of the engine and --output")
     for flag, wanted in (("--write-card", write_card), ("--write-trees", write_trees)):

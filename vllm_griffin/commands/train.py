@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from vllm_griffin.commands.options import F, config_option, reason
+from vllm_griffin.compat import INSTALL_TRAIN
 from vllm_griffin.train.settings import PRESETS, Settings, staged
 
 
@@ -153,9 +154,7 @@ def command(
     try:
         from vllm_griffin.train.loop import Trainer, TrainingError
     except ModuleNotFoundError as error:
-        raise click.ClickException(
-            f"{error}: pip install -e '.[train]' in vllm-griffin's folder"
-        ) from error
+        raise click.ClickException(f"{error}: {INSTALL_TRAIN}") from error
 
     if threads:
         torch.set_num_threads(threads)

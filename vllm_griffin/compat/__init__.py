@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SUPPORTED = "0.32"
 INSTALL = f"pip install 'vllm=={SUPPORTED}.*', or on a CPU `make setup` in vllm-griffin's folder"
+INSTALL_TRAIN = "pip install -e '.[train]' in vllm-griffin's folder"
 
 
 def install() -> None:
