@@ -58,11 +58,14 @@ class Study:
 
     def _row(self, row: Row, name: str, data: Path, seed: int) -> None:
         result = self.results / f"{slug(name)}-{seed}.json"
+        steps = round(self.steps[1] * row.step_factor)
         if result.exists():
+            record = json.loads(result.read_text())
+            found = [record["trunk_steps"], *record["training"]["settings"]["stages"]]
+            _check_steps(result, found, [self.steps[0], [row.passes, steps]], "--results")
             return
         click.secho(f"{name}, seed {seed}", bold=True)
         draft = self.work / f"{slug(name)}-{seed}"
-        steps = round(self.steps[1] * row.step_factor)
         trunk = self._trunk(row, data, seed)
         flags = (*row.flags, *self.later)
         self._train(draft, data, seed, f"{row.passes}:{steps}", flags, trunk)
@@ -77,6 +80,7 @@ class Study:
             "row": name,
             "seed": seed,
             "trunk": row.trunk,
+            "trunk_steps": self.steps[0],
             "training": trained,
             "log": log,
             "evaluation": evaluated,
@@ -100,6 +104,9 @@ class Study:
     ) -> None:
         done = output / "done"
         if done.exists():
+            settings = json.loads((output / "run.json").read_text())["settings"]
+            found = [":".join(map(str, stage)) for stage in settings["stages"]]
+            _check_steps(output, found, [stages], "--work")
             return
         going_on = ["--init-from", init] if init else []
         vllm_griffin(
@@ -107,6 +114,18 @@ class Study:
             "--stages", stages, "--seed", seed, *going_on, *self.common,
         )  # fmt: skip
         done.touch()
+
+
+def _check_steps(path: Path, found: list[object], wanted: list[object], option: str) -> None:
+    """What is there and has other steps than asked for is neither taken for them nor written over.
+
+    Raises:
+        click.ClickException: names both, and the option that leads elsewhere.
+    """
+    if found != wanted:
+        raise click.ClickException(
+            f"{path} was made with the steps {found}, not {wanted}: give {option} another folder"
+        )
 
 
 def vllm_griffin(*arguments: object) -> None:

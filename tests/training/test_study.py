@@ -2,8 +2,10 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 
@@ -68,6 +70,14 @@ def test_toy_study(alignment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(study, "vllm_griffin", refuse)
     toy.run(rows, {"": data}, {0})
+    # Nor does one that asks for other steps take these results for its own.
+    for changed, folder in (
+        (replace(toy, steps=(2, 3)), "--results"),
+        (replace(toy, steps=(3, 2)), "--results"),
+        (replace(toy, steps=(3, 2), results=tmp_path / "others"), "--work"),
+    ):
+        with pytest.raises(click.ClickException, match=f"steps .* give {folder} another folder"):
+            changed.run(rows, {"": data}, {0})
 
 
 def test_intervals(alignment: None) -> None:
