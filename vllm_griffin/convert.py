@@ -27,6 +27,7 @@ from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint, find
 from vllm_griffin.model.config import PAPER_TREE, read_json, read_sizes
 from vllm_griffin.model.embedding import add_embedding, leave_out_embedding
 from vllm_griffin.model.speculators import verifier_name, wrap
+from vllm_griffin.report import ReportError
 from vllm_griffin.tree_shape import TreeShape
 from vllm_griffin.whole_file import write_json
 
@@ -199,7 +200,11 @@ def _write(
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, made / name)
-        write_card(made, name=record["output"])
+        try:
+            write_card(made, name=record["output"])
+        except (CheckpointError, ReportError) as error:
+            # It names the copy, which goes.
+            raise CheckpointError(str(error).replace(str(made), str(source))) from error
         made.replace(output)
     # torch and safetensors report a full disk with types of their own.
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -21,6 +21,12 @@ class ReportError(ValueError):
     """A run's log cannot be read; the message names the file and the line."""
 
 
+def quality(row: Row) -> float:
+    """What training keeps the draft by, of a row with `top3`; the more the better."""
+    # Answers shorter than the passes have no roots: then the first pass's loss tells what is better.
+    return row[BEST] if row[BEST] > 1 else -row.get("val_token0", math.inf)
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run: its name, `run.json` (empty if it has none), and its log by step."""
@@ -31,9 +37,9 @@ class Run:
 
     @property
     def best(self) -> Row:
-        """The row whose weights the run kept: the first with the highest `top3`; else the last."""
+        """The row whose weights the run kept: the first of the highest `quality`; else the last."""
         scored = [row for row in self.rows if BEST in row]
-        return max(scored, key=lambda row: row[BEST]) if scored else self.rows[-1]
+        return max(scored, key=quality) if scored else self.rows[-1]
 
 
 @dataclass(frozen=True)
@@ -84,17 +90,21 @@ PANELS = (
 def read_log(file: Path) -> list[Row]:
     """The rows of a `log.jsonl`, by step. Of a step that a continued run logged again, the later row.
 
+    Half a last line, which a killed process leaves, is left out.
+
     Raises:
         ReportError: The file is missing or empty, or a line is no JSON object of numbers with a `step`.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
         raise ReportError(
             f"{file}: missing; a training run writes it at its first validation"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{file}: not readable ({error})") from error
+    if lines and not lines[-1].endswith(("\n", "}")):
+        lines.pop()
     rows: dict[float, Row] = {}
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -231,7 +241,7 @@ def _page(runs: Sequence[Run], panels: Sequence[Panel]) -> list[str]:
         facts = [f"{k} {run.record[k]}" for k in shown if run.record.get(k) is not None]
         lines += [", ".join(facts), ""] if facts else []
         lines += [
-            f"| | last (step {last['step']:g}) | best by {BEST} (step {best['step']:g}) |",
+            f"| | last (step {last['step']:g}) | best held out (step {best['step']:g}) |",
             "|---|---|---|",
         ]
         keys = list(dict.fromkeys([*last, *best]))

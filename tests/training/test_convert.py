@@ -186,6 +186,12 @@ def test_training_companions_go_along(tmp_path: Path) -> None:
     assert json.loads((made.folder / "run.json").read_text())["seed"] == 3
     card = (made.folder / "README.md").read_text()
     assert "license: mit" in card and "Old card" not in card and "vllm-griffin train ..." in card
+    (draft / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "ch')
+    convert(draft, MODELS / "target", tmp_path / "of a killed run")
+    (draft / "log.jsonl").write_text('{"step": 1, "ch\n{"step": 2}\n')
+    with pytest.raises(CheckpointError, match=rf"^{draft}/log.jsonl, line 1: not JSON"):
+        convert(draft, MODELS / "target", tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
 
 
 MISTAKES = [

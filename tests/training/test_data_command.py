@@ -16,6 +16,7 @@ from vllm_griffin.cli import main
 from vllm_griffin.data.chat import load_tokenizer
 from vllm_griffin.data.documents import read_documents
 from vllm_griffin.data.make import target_sizes
+from vllm_griffin.data.settings import Settings
 from vllm_griffin.data.shards import StoredStates
 
 TINY = Path(__file__).parents[2] / "examples" / "models" / "target"
@@ -107,6 +108,19 @@ def test_same_settings_go_on_and_others_are_refused(
     assert "another --limit, --seed:" in fail(*common, "--seed", 1, "--limit", 3)
     chats.write_text(chats.read_text() + json.dumps({"text": "abc"}) + "\n")
     assert "another --input:" in fail(*common)
+
+
+def test_errors_of_the_system_and_of_packages_are_said_in_words(
+    target: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("--target", target, "--input", chats, "--output")
+    assert "No such file or directory" in fail(*common, "/proc/nowhere/data")
+
+    def quantised(*_arguments: object) -> None:
+        raise ImportError("loading a GPTQ quantized model requires gptqmodel")
+
+    monkeypatch.setattr("vllm_griffin.data.hidden.load_target", quantised)
+    assert "requires gptqmodel" in fail(*common, tmp_path / "data")
 
 
 def test_a_folder_of_something_else_is_left_alone(
@@ -243,15 +257,18 @@ def test_limit_and_dry_run(target: Path, chats: Path, tmp_path: Path) -> None:
     assert f"hidden states: {tokens * 64 / 1024:.0f} KiB on disk; memory: about" in output
 
 
-def test_a_yaml_file_gives_the_options(target: Path, chats: Path, tmp_path: Path) -> None:
+def test_a_yaml_file_gives_the_options(
+    target: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tmp_path / "data.yaml"
-    config.write_text(
-        f"target: {target}\ninput: {chats}\nlimit: 5\nhidden-states: online\ntemperatures: [0, 1]\n"
-    )
+    config.write_text(f"target: {target}\ninput: {chats}\nlimit: 5\nhidden-states: online\n")
     succeed("--config", config, "--output", tmp_path / "data", "--limit", 4)
     assert len(read_documents(tmp_path / "data")) == 4
-    settings = json.loads((tmp_path / "data" / "data.json").read_text())["settings"]
-    assert settings["temperatures"] == [0.0, 1.0]
+    found: list[Settings] = []
+    monkeypatch.setattr("vllm_griffin.data.make.make", found.append)
+    config.write_text(config.read_text() + "generate: true\ntemperatures: [0, 1.5]\n")
+    succeed("--config", config, "--output", tmp_path / "data")
+    assert found[0].generate and found[0].temperatures == (0.0, 1.5) and found[0].limit == 5
 
 
 def test_usage(target: Path, tmp_path: Path) -> None:
@@ -263,6 +280,24 @@ def test_usage(target: Path, tmp_path: Path) -> None:
     assert "is neither a model folder nor" in fail(
         "--target", tmp_path, "--output", tmp_path / "x", "--draw", 1
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "yaml", "said"),
+    [
+        (["--max-new-tokens", 9], "", "--max-new-tokens: give --generate or --draw"),
+        ([], "temperatures: [0]\nmax-new-tokens: 9", "--temperatures, --max-new-tokens: give"),
+        (["--prompt-tokens", 9], "", "--prompt-tokens: give --generate"),
+        (["--draw", 1, "--prompt-tokens", 9], "", "--prompt-tokens: give --generate"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    chats: Path, tmp_path: Path, given: list, yaml: str, said: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(yaml)
+    source = [] if "--draw" in given else ["--input", chats]
+    common = ("--config", tmp_path / "c.yaml", "--target", tmp_path, "--output", tmp_path / "data")
+    assert said in " ".join(fail(*common, *source, *given).split())
 
 
 def test_the_sample_is_coloured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

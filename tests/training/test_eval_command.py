@@ -165,6 +165,84 @@ def test_a_template_for_targets_without_one(prompts, tmp_path, monkeypatch, caps
     assert capsys.readouterr().err.count("note: the target has no chat template") == 1
 
 
+@pytest.mark.parametrize(
+    ("where", "error", "said"),
+    [
+        (
+            "vllm_griffin.evaluate.run.evaluate_in_engine",
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "lower --batch, or give --dtype bfloat16",
+        ),
+        (
+            "vllm_griffin.evaluate.run.evaluate_in_engine",
+            ImportError("loading a GPTQ quantized model requires gptqmodel"),
+            "requires gptqmodel",
+        ),
+        (
+            "vllm_griffin.evaluate.engine.prepare_environment",
+            RuntimeError("VLLM_GRIFFIN_CPU=1 needs Triton"),
+            "needs Triton",
+        ),
+        ("vllm.LLM", RuntimeError("CUDA driver is too old"), "CUDA driver is too old"),
+    ],
+)
+def test_what_the_machine_lacks(prompts, monkeypatch, where, error, said):
+    def lacking(*_arguments, **_named):
+        raise error
+
+    monkeypatch.setattr(where, lacking)
+    result = usual(prompts, "--tree", "chain:3")
+    assert result.exit_code == 1
+    assert said in " ".join(result.output.split())
+
+
+def test_without_vllm_it_says_how_to_install_it(prompts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    result = usual(prompts, "--tree", "chain:3")
+    assert result.exit_code == 1
+    assert "this needs vLLM (pip install" in " ".join(result.output.split())
+
+
+ROW = {
+    "draft": DRAFT,
+    "prompts_of": "code",
+    "temperature": 0.0,
+    "tree": "chain:3",
+    "acceptance_length": 2.346,
+    "acceptance_length_95": [2.0, 3.0],
+    "per_depth": [0.7],
+    "misaligned": [0.1],
+    "drafted_per_accepted": 2.0,
+}
+
+
+def test_a_folder_that_takes_no_result_is_refused_before_it_is_made(prompts, monkeypatch):
+    monkeypatch.setattr(run, "Evaluation", None)
+    result = usual(prompts, "--output", "/proc/nowhere/result")
+    assert result.exit_code == 1
+    assert "--output /proc/nowhere/result takes no files" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("vllm_griffin.whole_file.write_json", "the result, as JSON, is above"),
+        ("vllm_griffin.evaluate.plot.draw", "evaluation.json is written, its picture is not"),
+    ],
+)
+def test_a_disk_that_fills_up_costs_no_result(prompts, tmp_path, monkeypatch, where, said):
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.Evaluation, "in_engine", lambda _: [ROW])
+    monkeypatch.setattr(where, full)
+    result = usual(prompts, "--output", tmp_path)
+    assert result.exit_code == 1
+    shown = " ".join(result.output.split())
+    assert "2.35 [2.00, 3.00]" in shown and "No space left" in shown and said in shown
+    assert ('"acceptance_length": 2.346' in shown) == ("is above" in said)
+
+
 def test_malformed_prompts(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"turns": ["a"]}\n{"turns": 3}\n')

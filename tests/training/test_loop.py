@@ -19,7 +19,8 @@ from torch import distributed
 from vllm_griffin.cli import main
 from vllm_griffin.data.documents import Document, read_documents, write_documents
 from vllm_griffin.data.shards import OnlineStates, StoredStates, write_shard
-from vllm_griffin.train.checkpoint import load_draft
+from vllm_griffin.report import read_run
+from vllm_griffin.train.checkpoint import load_draft, save_draft
 from vllm_griffin.train.loop import Trainer, TrainingError
 from vllm_griffin.train.settings import PRESETS, Settings, staged
 from vllm_griffin.train.setup import load_target_parts, new_draft
@@ -163,6 +164,7 @@ def test_answers_shorter_than_the_passes_have_a_best_draft(
         "chain": 1.0, "top3": 1.0, "val_token0": next(losses)}  # fmt: skip
     run.run()
     assert run.best == -2.0
+    assert read_run(tmp_path, "run").best["step"] == 4
 
 
 def test_a_damaged_checkpoint_is_named(
@@ -234,6 +236,10 @@ def test_only_the_same_run_goes_on(small_target: Path, small_data: Path, tmp_pat
         given = {"states": states, "target": parts} | changed
         return Trainer(draft, settings=settings, folder=tmp_path, **given)
 
+    assert begin().step == 8
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del saved["made_from"]["network"]["fc_bias"]  # as before there was such a field
+    torch.save(saved, tmp_path / "checkpoint.pt")
     assert begin().step == 8
     other = replace(parts, head=parts.head + 1)
     for name, changed in (
@@ -340,12 +346,22 @@ def test_command(small_target: Path, small_data: Path, tmp_path: Path) -> None:
     assert "is ready" in shown, shown
 
 
-def test_command_says_what_is_wrong(small_target: Path, small_data: Path, tmp_path: Path) -> None:
+def test_command_says_what_is_wrong(
+    small_target: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = ["train", "--target", small_target, "--data", small_data, "--output", tmp_path / "d"]
     (tmp_path / "c.yaml").write_text("bach_tokens: 64\n")
     assert "unknown option bach_tokens" in run_command(*base, "--config", tmp_path / "c.yaml")
     assert "passes:steps" in run_command(*base, "--stages", "3")
     assert "too few" in run_command(*base, "--steps", "2")
+    (tmp_path / "c.yaml").write_text("passes: 2\n")
+    config = ("--config", tmp_path / "c.yaml")
+    shown = run_command(*base, *config, "--stages", "1:2", "--steps", "2")
+    assert "--steps, --passes would be ignored beside --stages" in " ".join(shown.split())
+    for tracker in ("wandb", "tensorbord"):
+        monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+        shown = " ".join(run_command(*base, "--report-to", tracker).split())
+        assert f"--report-to {tracker}: no such tracker is installed (found: tensorboard)" in shown
     shown = run_command(*base, "--stages", "1:2", "--warmup", "2", "--dry-run")
     assert "its learning rate stays low" in " ".join(shown.split())
     (tmp_path / "empty").mkdir()
@@ -386,6 +402,60 @@ def test_a_system_error_is_said_in_words(small_target: Path, small_data: Path) -
     shown = run_command("train", "--target", small_target, "--data", small_data, "--output",
                         "/proc/nowhere/draft", "--steps", 3)  # fmt: skip
     assert "No such file or directory" in shown
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "said"),
+    [
+        (
+            "train.step.DraftLoss.forward",
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "lower --batch-tokens, or give --gradient-checkpointing",
+        ),
+        (
+            "card.write_card",
+            OSError(errno.ENOSPC, "No space left on device"),
+            "the draft is ready, its card is not written: [Errno 28] No space left on device",
+        ),
+    ],
+)
+def test_a_full_machine_is_said_in_words(
+    small_target: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    where: str, error: Exception, said: str,
+) -> None:  # fmt: skip
+    def full(*_arguments: object, **_named: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"vllm_griffin.{where}", full)
+    shown = run_command("train", "--target", small_target, "--data", small_data, "--output",
+                        tmp_path / "d", "--stages", "1:1")  # fmt: skip
+    assert said in " ".join(shown.split())
+
+
+def test_a_yaml_file_has_the_flags_of_the_command_line(
+    small_target: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """Those that switch off, too; and `1:2` is no number of base 60."""
+    (tmp_path / "c.yaml").write_text(
+        "no-tgf: true\nno-teh: true\nno-prompt-loss: false\nstages: 1:2\n"
+    )
+    run_command("train", "--config", tmp_path / "c.yaml", "--target", small_target, "--data",
+                small_data, "--output", tmp_path / "d")  # fmt: skip
+    settings = json.loads((tmp_path / "d" / "run.json").read_text())["settings"]
+    wanted = {"fusion": False, "two_heads": False, "prompt_loss": True, "stages": [[1, 2]]}
+    assert {name: settings[name] for name in wanted} == wanted
+
+
+def test_weights_to_start_from_by_their_name_on_the_hub(
+    small_target: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = load_target_parts(small_target)
+    save_draft(new_draft(parts), tmp_path / "hub", parts.config, torch.float32)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "hub"))
+    base = ["train", "--target", small_target, "--data", small_data, "--output", tmp_path / "d"]
+    shown = run_command(*base, "--init-from", "someone/draft", "--stages", "1:1", "--dry-run")
+    assert "57 to train on" in shown
+    assert "a/b/c: no such folder" in run_command(*base, "--init-from", "a/b/c")
 
 
 def test_a_loaded_draft_keeps_its_layout(

@@ -1,6 +1,7 @@
 """The training network: against the published network's outputs, and several passes against a loop."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.model.draft_files import CONFIG, PlainDraft, random_weights, write_draft
+from vllm_griffin.model.checkpoint import DraftCheckpoint
 from vllm_griffin.model.config import DraftConfig
 from vllm_griffin.model.layout import DraftLayout
 from vllm_griffin.train.checkpoint import condition, load_draft, published_state, save_draft
@@ -180,6 +182,22 @@ def test_heads_need_not_share_out_the_hidden_size(tmp_path: Path) -> None:
     found = draft(features, tokens, at, [0, 5])
     wanted = PlainDraft(raw, weights)(tokens, features)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_plain_fusion_may_have_a_bias(tmp_path: Path) -> None:
+    """As the engine reads it; it is saved again, and a new draft has none."""
+    layout = DraftLayout(fusion=False, two_heads=False, fc_bias=True)
+    weights = random_weights(CONFIG, layout)
+    draft = load_draft(write_draft(tmp_path / "draft", CONFIG, weights))
+    features, tokens, at = torch.randn(5, 64), torch.arange(5), torch.arange(5)
+    condition(draft, features, tokens, initialise=False)
+    found = draft(features, tokens, at, [0, 5])
+    wanted = PlainDraft(CONFIG, weights)(tokens, features)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    save_draft(draft, tmp_path / "saved", CONFIG, torch.float32)
+    saved = DraftCheckpoint.open(tmp_path / "saved")
+    assert saved.validate() == replace(layout, own_embedding=False)
+    assert torch.equal(dict(saved.weights())["fc.bias"], weights["fc.bias"])
 
 
 def test_missing_key_is_named(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_one_run(tmp_path: Path) -> None:
     page = write_report([folder], tmp_path / "out")
     text = page.read_text()
     assert RECORD["command"] in text and "commit abc, seed 0" in text
-    assert "| | last (step 300) | best by top3 (step 200) |" in text
+    assert "| | last (step 300) | best held out (step 200) |" in text
     assert "| top3 | 3.25 | 3.5 |" in text
     assert "| chain | 1.25 | 1.8 |" in text
     for panel in PANELS:
@@ -60,6 +60,8 @@ def test_the_first_of_equal_bests_is_the_one_that_was_kept() -> None:
     rows = [row(1, 1, top3=2.0), row(2, 1, top3=2.5), row(3, 1, top3=2.5)]
     assert Run("r", {}, rows).best["step"] == 2
     assert Run("r", {}, [{"step": 1.0}, {"step": 2.0}]).best["step"] == 2
+    losses = [row(step, 1, top3=1.0, val_token0=loss) for step, loss in ((1, 3.0), (2, 2.0))]
+    assert Run("r", {}, losses).best["step"] == 2
 
 
 def test_every_pass_has_a_curve_and_its_colour() -> None:
@@ -110,13 +112,19 @@ def test_a_step_that_was_logged_again_counts_once(tmp_path: Path) -> None:
     assert log[-1]["chain"] == 2.0
 
 
+def test_half_a_last_line_is_of_a_killed_run(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "ch')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "log.jsonl: missing; a training run writes it"),
         ("", "log.jsonl: empty;"),
         ("\n \n", "log.jsonl: empty;"),
-        ('{"step": 1}\n{"step": 2, "ch', r"log.jsonl, line 2: not JSON, cut short\?"),
+        ('{"step": 1}\n{"step": 2, "ch\n', r"log.jsonl, line 2: not JSON, cut short\?"),
+        ('{"step": 1, "ch', "log.jsonl: empty;"),
         ('{"step": 1}\n\n[3]\n', "log.jsonl, line 3: expected a JSON object, found a list"),
         ('{"token0": 1}\n', "log.jsonl, line 1: missing key `step`"),
         ('{"step": 1, "chain": "x"}\n', "log.jsonl, line 1: `chain` must be a number, found 'x'"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from vllm_griffin.commands.options import config_option, reason
+from vllm_griffin.commands.options import config_option, given, reason
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -49,7 +49,11 @@ def _temperatures(
 @click.option(
     "--chat-template", type=_FILE, help="Jinja chat template, in place of the target's own."
 )
-@click.option("--generate", is_flag=True, help="Let the target answer, through vLLM.")
+@click.option(
+    "--generate",
+    is_flag=True,
+    help="Let the target answer, through vLLM; of a chat, the first user turn only.",
+)
 @click.option(
     "--draw",
     type=click.IntRange(min=1),
@@ -134,11 +138,21 @@ def command(**options: Any) -> None:
     """
     if bool(options["input"]) == (options["draw"] is not None):
         raise click.UsageError("give either --input FILE or --draw N")
+    _check_ignored(options["generate"], options["draw"])
     from vllm_griffin.data.make import make
     from vllm_griffin.data.settings import Settings
 
     try:
         make(Settings(**options))
-    except (ValueError, RuntimeError) as error:
-        # What vLLM and transformers say of a target that they cannot run.
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        # What vLLM and transformers say of a target that they cannot run, and what the system says.
         raise click.ClickException(reason(error)) from error
+
+
+def _check_ignored(generate: bool, draw: int | None) -> None:
+    ignored = "" if generate or draw else given("temperatures", "max_new_tokens")
+    if ignored:
+        raise click.UsageError(f"{ignored}: give --generate or --draw, or leave it out")
+    ignored = "" if generate else given("prompt_tokens")
+    if ignored:
+        raise click.UsageError(f"{ignored}: give --generate, or leave it out")

@@ -1,9 +1,11 @@
 """``vllm-griffin eval``: acceptance of drafts, in this plugin's vLLM engine or by replay."""
 
 import importlib.util
+import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -125,11 +127,15 @@ def command(
     over its prompts.
     """
     _check_options(drafts, replay, check_engine, output, dtype, write_card, write_trees)
+    if output is not None:
+        _try_folder(output)
+    import torch
+
     from vllm_griffin.evaluate.engine import EngineError, prepare_process
     from vllm_griffin.tree_shape import TreeShape
 
-    prepare_process()
     try:
+        prepare_process()
         from vllm_griffin.evaluate.run import Evaluation, Request
 
         request = Request(
@@ -151,7 +157,11 @@ def command(
         rows, checks = (
             evaluation.by_replay(replay, check_engine) if replay else (evaluation.in_engine(), [])
         )
-    except (ValueError, OSError, KeyError, EngineError) as error:
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException(
+            "the GPU's memory is full: lower --batch, or give --dtype bfloat16 (without --replay)"
+        ) from error
+    except (ValueError, OSError, KeyError, ImportError, EngineError) as error:
         raise click.ClickException(reason(error)) from error
     _show(rows, checks)
     if output is not None:
@@ -200,6 +210,18 @@ def _check_options(
             raise click.UsageError(f"{flag} needs drafts in local folders")
 
 
+def _try_folder(output: Path) -> None:
+    """Hours of evaluation end there, so what refuses a file is said before them."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise click.ClickException(
+            f"--output {output} takes no files ({error}): give another folder"
+        ) from error
+
+
 def _check_sizes(trees: Iterable["TreeShape"]) -> None:
     """An engine that chooses among a draft's trees knows them by their nodes."""
     for nodes, count in Counter(tree.nodes for tree in trees).items():
@@ -227,7 +249,7 @@ def _write(
     checks: list[dict[str, Any]],
     output: Path,
 ) -> Path:
-    """Write JSON and picture; returns the JSON file."""
+    """Write JSON and picture; returns the JSON file. What the disk does not take is printed."""
     from vllm_griffin import provenance
     from vllm_griffin.evaluate import metrics, plot
     from vllm_griffin.whole_file import write_json
@@ -252,7 +274,16 @@ def _write(
         "engine_check": checks,
     }
     file = output / "evaluation.json"
-    write_json(file, record)
-    plot.draw(rows, output / "evaluation.png")
+    try:
+        write_json(file, record)
+    except OSError as error:
+        click.echo(json.dumps(record))
+        raise click.ClickException(
+            f"{file} is not written ({error}): the result, as JSON, is above"
+        ) from error
+    try:
+        plot.draw(rows, output / "evaluation.png")
+    except OSError as error:
+        raise click.ClickException(f"{file} is written, its picture is not: {error}") from error
     click.echo(f"{file} and {output / 'evaluation.png'} are written")
     return file

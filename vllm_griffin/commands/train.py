@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from vllm_griffin.commands.options import F, config_option, reason
+from vllm_griffin.commands.options import F, config_option, given, reason
 from vllm_griffin.compat import INSTALL_TRAIN
 from vllm_griffin.train.settings import PRESETS, Settings, staged
 
@@ -62,7 +62,7 @@ def _stages(
     show_default=True,
     help="Defaults of the options below; each can still be given.",
 )
-@click.option("--init-from", type=click.Path(exists=True), help="Go on from this draft's weights.")
+@click.option("--init-from", help="Go on from the weights of this draft: folder or hub name.")
 @click.option("--steps", default=1000, show_default=True, help="Optimiser steps of all stages.")
 @click.option(
     "--passes", type=click.IntRange(1), help="Passes of the last stage.  [default: by preset]"
@@ -147,6 +147,11 @@ def command(
     vllm-griffin train --target T --data DATA --output DRAFT
     accelerate launch -m vllm_griffin.cli train ...      (several processes, a GPU each)
     """
+    ignored = given("steps", "passes") if stages else ""
+    if ignored:
+        raise click.UsageError(
+            f"{ignored} would be ignored beside --stages: leave one or the other out"
+        )
     import torch
 
     from vllm_griffin.card import write_card
@@ -155,6 +160,7 @@ def command(
         from vllm_griffin.train.loop import Trainer, TrainingError
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error}: {INSTALL_TRAIN}") from error
+    _check_tracker(report_to)
 
     if threads:
         torch.set_num_threads(threads)
@@ -204,14 +210,35 @@ def command(
             record=record,
         )
         trainer.run(getattr(torch, dtype))
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException(
+            "the GPU's memory is full: lower --batch-tokens, or give --gradient-checkpointing"
+        ) from error
     except (TrainingError, ValueError, KeyError, OSError, ImportError) as error:
         raise click.ClickException(reason(error)) from error
     if not trainer.accelerator.is_main_process:
         return
-    write_card(output)
+    try:
+        write_card(output)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(
+            f"the draft is ready, its card is not written: {error}"
+        ) from error
     click.echo(
         f"{output} is ready: vllm-griffin eval --target {target} --draft {output} --prompts P"
     )
+
+
+def _check_tracker(name: str | None) -> None:
+    """Refuse a tracker whose package is missing, which accelerate leaves out without a word."""
+    from accelerate.tracking import get_available_trackers
+
+    here = [str(tracker) for tracker in get_available_trackers()]
+    if name not in (None, "all", *here):
+        raise click.ClickException(
+            f"--report-to {name}: no such tracker is installed (found: {', '.join(here) or 'none'}): install "
+            "its package, or leave the option out"
+        )
 
 
 def _load(

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_griffin.compat import install_command_patches
+import torch
+
+from vllm_griffin.compat import INSTALL, install_command_patches
 from vllm_griffin.data.engine import prepare_environment
 from vllm_griffin.evaluate.outputs import TAIL, Output
 from vllm_griffin.evaluate.prompts import Prompt
@@ -24,7 +26,7 @@ TRACE = "VLLM_GRIFFIN_TRACE"
 
 
 class EngineError(RuntimeError):
-    """The engine's own counters and its trace disagree, or an evaluation cannot be exact."""
+    """There is no engine, its own counters and its trace disagree, or an evaluation cannot be exact."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,16 @@ class EngineSettings:
 
 
 def prepare_process() -> None:
-    """Set what vLLM reads when it is imported: its engine in this process, on a CPU where there is no GPU."""
-    prepare_environment(threads=None)
+    """Set what vLLM reads when it is imported: its engine in this process, on a CPU where there is no GPU.
+
+    Raises:
+        EngineError: An engine on a CPU needs Triton, and it is missing or was imported too early.
+        ValueError: The environment contradicts itself.
+    """
+    try:
+        prepare_environment(threads=None)
+    except RuntimeError as error:
+        raise EngineError(str(error)) from error
     # Its trace and its counters are read here.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
@@ -63,27 +73,42 @@ def _longest(settings: EngineSettings, prompts: Sequence[Sequence[int]], extra: 
 def _engine(
     settings: EngineSettings, max_model_len: int, shape: TreeShape | None, draft: str | None
 ) -> Iterator["LLM"]:
-    """An engine without prefix caching and asynchronous scheduling: both schedule steps without a tree."""
-    from vllm import LLM
+    """An engine without prefix caching and asynchronous scheduling: both schedule steps without a tree.
+
+    Raises:
+        EngineError: vLLM is not installed, or cannot run the target.
+        torch.OutOfMemoryError: The target does not fit on the GPU.
+    """
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise EngineError(f"this needs vLLM ({INSTALL}): {error}") from error
 
     install_command_patches()
     rows = 1 + (shape.nodes if shape else 0)
-    llm = LLM(
-        settings.target,
-        dtype=settings.dtype,  # type: ignore[arg-type]
-        enforce_eager=True,
-        max_model_len=max_model_len,
-        max_num_seqs=settings.batch,
-        # Twice the trees of a full batch: no tree is trimmed for want of budget.
-        max_num_batched_tokens=max(2048, 2 * settings.batch * rows),
-        enable_prefix_caching=False,
-        async_scheduling=False,
-        disable_log_stats=False,
-        seed=0,
-        speculative_config=(
-            shape.speculative_config(draft, settings.draft_vocab_size) if shape and draft else None
-        ),
-    )
+    try:
+        llm = LLM(
+            settings.target,
+            dtype=settings.dtype,  # type: ignore[arg-type]
+            enforce_eager=True,
+            max_model_len=max_model_len,
+            max_num_seqs=settings.batch,
+            # Twice the trees of a full batch: no tree is trimmed for want of budget.
+            max_num_batched_tokens=max(2048, 2 * settings.batch * rows),
+            enable_prefix_caching=False,
+            async_scheduling=False,
+            disable_log_stats=False,
+            seed=0,
+            speculative_config=(
+                shape.speculative_config(draft, settings.draft_vocab_size)
+                if shape and draft
+                else None
+            ),
+        )
+    except torch.OutOfMemoryError:  # the command says what to lower
+        raise
+    except RuntimeError as error:
+        raise EngineError(str(error)) from error
     try:
         yield llm
     finally:
@@ -195,12 +220,8 @@ def evaluate_in_engine(
     """Answer prompts at temperatures with a draft, and read the verify steps off the trace.
 
     Raises:
-        EngineError: vLLM's counters differ from the trace, or requests were preempted.
+        EngineError: vLLM's counters differ from the trace, or requests were preempted; or as `_engine`.
     """
-    asked = {
-        str(i): (prompt.tokens, _params(temperature, prompt.id, settings.max_tokens))
-        for i, (prompt, temperature) in enumerate(wanted)
-    }
     # The last step may reach past the answer: leave it room for a whole tree.
     max_model_len = _longest(settings, [p.tokens for p, _ in wanted], shape.nodes + 2)
     with tempfile.TemporaryDirectory() as scratch:
@@ -209,6 +230,10 @@ def evaluate_in_engine(
         os.environ[TRACE] = str(file)
         try:
             with _engine(settings, max_model_len, shape, draft) as llm:
+                asked = {
+                    str(i): (prompt.tokens, _params(temperature, prompt.id, settings.max_tokens))
+                    for i, (prompt, temperature) in enumerate(wanted)
+                }
                 answers = _run(llm, asked, finished)
                 counters = _counters(llm)
         finally:

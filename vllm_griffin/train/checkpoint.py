@@ -185,6 +185,7 @@ def load_draft(folder: str | Path, embeddings: Tensor | None = None) -> Draft:
             two_heads=layout.two_heads,
             qkv_bias=layout.qkv_bias,
             head_dim=checkpoint.config.head_dim,
+            fc_bias=layout.fc_bias and not layout.fusion,
         )
     )
     state = dict(checkpoint.weights())

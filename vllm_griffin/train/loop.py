@@ -20,9 +20,10 @@ from tqdm import tqdm
 from vllm_griffin import provenance
 from vllm_griffin.data.batch import Batch, epoch, pack, split, token_counts
 from vllm_griffin.data.shards import States
+from vllm_griffin.report import quality
 from vllm_griffin.train.checkpoint import condition, mark_blocks, save_draft
 from vllm_griffin.train.losses import LossVocabulary
-from vllm_griffin.train.network import Draft
+from vllm_griffin.train.network import Draft, NetworkConfig
 from vllm_griffin.train.optim import make_optimisers, schedule
 from vllm_griffin.train.settings import Settings
 from vllm_griffin.train.setup import TargetParts
@@ -132,6 +133,8 @@ class Trainer:
             ) from error
         wrong = self.settings.differences(saved["settings"])
         before = saved["made_from"]
+        # A run begun before the network had all of these fields had their defaults.
+        before["network"] = asdict(NetworkConfig(**before["network"]))
         wrong += [name for name, value in self._made_from.items() if before.get(name) != value]
         done = _steps_until(saved["settings"]["stages"], saved["step"])
         if wrong or done != _steps_until(self.settings.stages, saved["step"]):
@@ -346,10 +349,8 @@ class Trainer:
             log.write(json.dumps(row) + "\n")
         self.accelerator.log(row, step=self.step)
         tqdm.write("  ".join(f"{k} {row[k]:.4g}" for k in SHOWN))
-        # Answers shorter than the passes have no roots: then the first pass's loss tells what is better.
-        quality = row["top3"] if row["top3"] > 1 else -row["val_token0"]
-        if quality > self.best:
-            self.best = quality
+        if quality(row) > self.best:
+            self.best = quality(row)
             kept = self.vocabulary.ranking.tolist() if self.settings.vocabulary else None
             try:
                 save_draft(self.draft, self.folder, self.target.config, dtype, kept)

@@ -23,7 +23,8 @@ class NetworkConfig:
     """What the network needs of a Hugging Face `config.json`.
 
     `fusion` is token-guided fusion (TGF), `two_heads` the token-enhanced head (TEH); a plain EAGLE draft
-    has neither. `head_dim` 0 stands for hidden size / heads.
+    has neither. `fc_bias` is for drafts without TGF, which always has one. `head_dim` 0 stands for hidden
+    size / heads.
     """
 
     vocab_size: int
@@ -37,6 +38,7 @@ class NetworkConfig:
     fusion: bool = True
     two_heads: bool = True
     head_dim: int = 0
+    fc_bias: bool = False
 
     def __post_init__(self) -> None:
         if not self.head_dim:
@@ -51,6 +53,7 @@ class NetworkConfig:
         two_heads: bool,
         qkv_bias: bool = False,
         head_dim: int = 0,
+        fc_bias: bool = False,
     ) -> "NetworkConfig":
         """Read the sizes of a `config.json`, the target's or a draft's; its `head_dim` is not looked at."""
         rope = raw.get("rope_parameters") or {}
@@ -67,6 +70,7 @@ class NetworkConfig:
             fusion=fusion,
             two_heads=two_heads,
             head_dim=head_dim,
+            fc_bias=fc_bias,
         )
 
 
@@ -115,10 +119,10 @@ class Fusion(nn.Module):
 
 
 class PlainFusion(nn.Linear):
-    """EAGLE's fusion: one linear without bias over (embedding, feature)."""
+    """EAGLE's fusion: one linear over (embedding, feature)."""
 
     def __init__(self, config: NetworkConfig) -> None:
-        super().__init__(2 * config.hidden_size, config.hidden_size, bias=False)
+        super().__init__(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
 
     def forward(self, embeds: Tensor, features: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(torch.cat([embeds, features], dim=-1))
