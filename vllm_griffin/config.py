@@ -25,6 +25,8 @@ from vllm_griffin.tree_shape import TreeShape, max_tree_nodes
 logger = init_logger("vllm.griffin.config")
 
 METHOD = "griffin"
+# KV caches of 8-bit floats, with a scale a layer or a key head, that trees can be read from.
+QUANTISED_CACHES = ("fp8", "fp8_e4m3")
 # Strict: `true` is no 1 and "12" is no 12.
 Whole = Annotated[int, Field(strict=True)]
 Count = Annotated[int, Field(gt=0, strict=True)]

@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_griffin.config import GriffinSpeculativeConfig, griffin_config
+from vllm_griffin.config import QUANTISED_CACHES, GriffinSpeculativeConfig, griffin_config
 from vllm_griffin.environment import check_environment
 from vllm_griffin.model.checkpoint import DraftCheckpoint
 
@@ -89,6 +89,19 @@ def _check_timing(vllm_config: VllmConfig, spec: GriffinSpeculativeConfig) -> No
         )
 
 
+def warn_of_rounding(vllm_config: VllmConfig) -> None:
+    """Warns where tree rows are attended more precisely than vLLM attends the others."""
+    cache = vllm_config.cache_config.cache_dtype
+    # A CPU attends all rows in the activations' dtype.
+    if cache in QUANTISED_CACHES and current_platform.is_cuda():
+        logger.warning(
+            "griffin: with kv_cache_dtype=%r vLLM's attention rounds its weights to 8 bits, and that of "
+            "tree rows does not, so outputs may differ from those without speculation by that rounding. "
+            "Leave kv_cache_dtype out where they must not",
+            cache,
+        )
+
+
 def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
     """(feature, whether this engine has it, what to do) for all that is refused."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -152,9 +165,14 @@ def _engine_features(vllm_config: VllmConfig) -> list[tuple[str, bool, str]]:
         ),
         (
             f"kv_cache_dtype={cache.cache_dtype!r}",
-            cache.cache_dtype not in ("auto", _dtype_name(model)),
+            cache.cache_dtype not in ("auto", _dtype_name(model), *QUANTISED_CACHES),
             # "auto" may have been resolved to what a quantised checkpoint asks for.
-            f"set kv_cache_dtype={_dtype_name(model)!r}",
+            f"set kv_cache_dtype={_dtype_name(model)!r} or {QUANTISED_CACHES[0]!r}",
+        ),
+        (
+            "layers whose KV cache has another dtype",
+            bool(cache.kv_cache_dtype_skip_layers),
+            "leave kv_cache_dtype_skip_layers empty",
         ),
         (
             "KV-sharing fast prefill",

@@ -358,9 +358,14 @@ ENGINES: dict[str, tuple[dict[str, Any], str]] = {
         {"enable_lora": True, "max_num_batched_tokens": 65536},
         f"{NOT_SUPPORTED} LoRA: merge the adapter into the target",
     ),
-    "FP8 cache": (
-        {"kv_cache_dtype": "fp8"},
-        f"{NOT_SUPPORTED} kv_cache_dtype='fp8': set kv_cache_dtype='float32'",
+    "FP8 cache of another format": (
+        {"kv_cache_dtype": "fp8_e5m2"},
+        f"{NOT_SUPPORTED} kv_cache_dtype='fp8_e5m2': set kv_cache_dtype='float32' or 'fp8'",
+    ),
+    "layers without the FP8 cache": (
+        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+        f"{NOT_SUPPORTED} layers whose KV cache has another dtype: leave "
+        "kv_cache_dtype_skip_layers empty",
     ),
     "prompt embeddings": (
         {"enable_prompt_embeds": True},

@@ -74,8 +74,8 @@ def targets(process_group):
 class PagedAttention(torch.nn.Module):
     """Stands in for vLLM's attention layer: causal over one sequence, keys kept in pages.
 
-    `pages` are the blocks that the sequence fills, in order. `kv_views` is what griffin's attention
-    backends offer.
+    `pages` are the blocks that the sequence fills, in order. `kv_views` and `quant_scales` are what
+    griffin's attention backends offer.
     """
 
     def __init__(self, layer) -> None:
@@ -87,6 +87,9 @@ class PagedAttention(torch.nn.Module):
 
     def kv_views(self, kv_cache):
         return kv_cache.split(self.size, dim=-1)
+
+    def quant_scales(self, layer, query):
+        return None
 
     def forward(self, q, k, v):
         q, k, v = (x.unflatten(-1, (-1, self.size)) for x in (q, k, v))

@@ -13,6 +13,7 @@ import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -27,8 +28,9 @@ from vllm_griffin.attention.prefix import (
     faster_forms,
     flash_attention,
 )
+from vllm_griffin.config import QUANTISED_CACHES
 from vllm_griffin.config_errors import first_line
-from vllm_griffin.kernels.tree_attention import TreeContext, tree_attention
+from vllm_griffin.kernels.tree_attention import QuantScales, TreeContext, tree_attention
 
 # vLLM shows what is logged below its own name.
 logger = init_logger("vllm.griffin.attention")
@@ -41,6 +43,7 @@ class TreeAttentionMixin:
     num_kv_heads: int
     head_size: int
     scale: float
+    kv_cache_dtype: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -58,11 +61,10 @@ class TreeAttentionMixin:
                     f"method 'griffin' does not support attention with {name}: use a target without"
                 )
         # The engine's own check comes before a checkpoint may name such a cache.
-        cache_dtype = getattr(self, "kv_cache_dtype", "auto")
-        if is_quantized_kv_cache(cache_dtype):
+        if self.quantised_cache and self.kv_cache_dtype not in QUANTISED_CACHES:
             raise ValueError(
-                f"method 'griffin' does not support kv_cache_dtype={cache_dtype!r}: leave it at 'auto', or "
-                "use a checkpoint that names no such cache"
+                f"method 'griffin' does not support kv_cache_dtype={self.kv_cache_dtype!r}: set it to "
+                "'fp8', or use a checkpoint that names no such cache"
             )
         window = getattr(self, "sliding_window", None)
         if window not in (None, -1, (-1, -1)):
@@ -74,11 +76,33 @@ class TreeAttentionMixin:
         """No: tree rows are written as they are, whatever vLLM's own part could do."""
         return False
 
+    @property
+    def quantised_cache(self) -> bool:
+        """Whether the KV cache holds 8-bit floats."""
+        return is_quantized_kv_cache(self.kv_cache_dtype)
+
     def kv_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as strided views ``[num_blocks, num_kv_heads, block_size, head_dim]``."""
+        if self.quantised_cache:
+            # To vLLM they are bytes.
+            kv_cache = kv_cache.view(current_platform.fp8_dtype())
+        return self.split_cache(kv_cache)
+
+    def split_cache(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`kv_views` of a cache in its own dtype."""
         # vLLM keeps both of a head side by side: [num_blocks, num_kv_heads, block, 2 * head_dim].
         key, value = kv_cache.split(self.head_size, dim=-1)
         return key, value
+
+    def quant_scales(self, layer: Any, query: torch.Tensor) -> QuantScales | None:
+        """Those of a layer whose cache is quantised, and of its queries if vLLM has quantised them too."""
+        if not self.quantised_cache:
+            return None
+        k, v, q = (
+            scale.view(-1).expand(self.num_kv_heads)
+            for scale in (layer._k_scale, layer._v_scale, layer._q_scale)
+        )
+        return QuantScales(k, v, q if query.dtype == current_platform.fp8_dtype() else None)
 
     def forward(
         self,
@@ -112,6 +136,7 @@ class TreeAttentionMixin:
                 key.view(kv_shape),
                 value.view(kv_shape),
                 self.kv_views(kv_cache),
+                self.quant_scales(layer, query),
                 attn_metadata,
                 tree,
                 output.view(shape),
@@ -124,12 +149,13 @@ class TreeAttentionMixin:
         key: torch.Tensor,
         value: torch.Tensor,
         caches: tuple[torch.Tensor, torch.Tensor],
+        scales: QuantScales | None,
         attn_metadata: Any,
         tree: TreeContext,
         output: torch.Tensor,
     ) -> None:
         """Writes the tree rows of `output`; shapes as in `tree_attention`."""
-        tree_attention(query, *caches, key, value, tree, self.scale, output)
+        tree_attention(query, *caches, key, value, tree, self.scale, output, scales)
 
 
 class PrefixAttentionMixin(TreeAttentionMixin):
@@ -145,6 +171,7 @@ class PrefixAttentionMixin(TreeAttentionMixin):
         key: torch.Tensor,
         value: torch.Tensor,
         caches: tuple[torch.Tensor, torch.Tensor],
+        scales: QuantScales | None,
         attn_metadata: Any,
         tree: TreeContext,
         output: torch.Tensor,
@@ -152,7 +179,7 @@ class PrefixAttentionMixin(TreeAttentionMixin):
         """Writes the tree rows of `output`, in the form that is faster for so many requests."""
         requests = len(tree.num_rows)
         if not self.prefix_first[max(n for n in self.prefix_first if n <= max(requests, 1))]:
-            super().attend_tree(query, key, value, caches, attn_metadata, tree, output)
+            super().attend_tree(query, key, value, caches, scales, attn_metadata, tree, output)
             return
         tokens = attn_metadata.num_actual_tokens
         attend_from_prefix(
@@ -251,6 +278,13 @@ def choose_form(
         ValueError: the prefix form is demanded where FlashAttention cannot take part.
     """
     form = demanded_form()
+    if impl.quantised_cache:
+        # FlashAttention would round the weights of the prefix to 8 bits as well.
+        if form == "prefix":
+            raise ValueError(
+                f"{ENV}='prefix' does not work with kv_cache_dtype={impl.kv_cache_dtype!r}"
+            )
+        form = "split"
     if impl.fa4_hd256:
         # It takes block tables of exact width, which only vLLM's own call knows.
         if form == "prefix":

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -35,13 +37,13 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             self.isa = "vec"
             self._set_isa_to_layers(self.layer_names)
         assert isinstance(self.dtype, torch.dtype), "resolved when the engine's config was made"
-        _check_layout(self.isa, self.dtype, self.block_size, self.head_dim)
+        _check_layout(self.isa, self.dtype, self.kv_cache_dtype, self.block_size, self.head_dim)
 
 
 class TreeCPUAttentionImpl(TreeAttentionMixin, CPUAttentionBackendImpl):
     """CPU attention with tree rows."""
 
-    def kv_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def split_cache(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the module's text for the layout."""
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
         halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * self.head_size)
@@ -64,17 +66,23 @@ class TreeCPUAttentionBackend(CPUAttentionBackend):
         return TreeCPUAttentionMetadataBuilder
 
 
-def _check_layout(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> None:
+def _check_layout(
+    isa: str, dtype: torch.dtype, kv_cache_dtype: str, block_size: int, head_dim: int
+) -> None:
     """Writes one block through vLLM's op and reads it back through our view.
 
     Raises:
         ValueError: vLLM packs its CPU cache otherwise than this plugin reads it.
     """
-    keys = torch.arange(block_size * head_dim, dtype=torch.float32).remainder(251)
-    keys = keys.view(block_size, 1, head_dim).to(dtype)
+    stored = current_platform.fp8_dtype() if is_quantized_kv_cache(kv_cache_dtype) else dtype
+    # Numbers that the cache holds exactly, in an order that no other layout has.
+    keys = torch.arange(block_size * head_dim, dtype=torch.float32)
+    keys = keys.remainder(251 if stored == dtype else 13).view(block_size, 1, head_dim).to(dtype)
     values = keys + 1
-    cache = torch.zeros(1, 1, block_size, 2 * head_dim, dtype=dtype)
-    key_half, value_half = cache.view(1, 1, 2 * block_size, head_dim).chunk(2, dim=2)
+    cache = torch.zeros(1, 1, block_size, 2 * head_dim, dtype=stored)
+    # To vLLM 8-bit floats are bytes.
+    raw = cache if stored == dtype else cache.view(torch.uint8)
+    key_half, value_half = raw.view(1, 1, 2 * block_size, head_dim).chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(
         keys,
         values,
@@ -84,14 +92,12 @@ def _check_layout(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) 
         isa,
         k_scale=1.0,
         v_scale=1.0,
-        kv_cache_dtype="auto",
+        kv_cache_dtype=kv_cache_dtype,
     )
     reader = TreeCPUAttentionImpl.__new__(TreeCPUAttentionImpl)
     reader.head_size = head_dim
-    read_keys, read_values = reader.kv_views(cache)
-    if not (
-        torch.equal(read_keys[0, 0], keys[:, 0]) and torch.equal(read_values[0, 0], values[:, 0])
-    ):
+    read_keys, read_values = (x[0, 0].to(dtype) for x in reader.split_cache(cache))
+    if not (torch.equal(read_keys, keys[:, 0]) and torch.equal(read_values, values[:, 0])):
         raise ValueError(
             f"method 'griffin' cannot read vLLM's CPU KV cache (isa {isa!r}, block {block_size}, "
             f"head size {head_dim}): its layout has changed; "

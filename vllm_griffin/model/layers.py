@@ -170,7 +170,7 @@ class DraftAttention(nn.Module):
         rows = q.shape[0]
         level.k_scratch.index_copy_(0, level.write_rows, k.view(rows, -1, self.head_dim))
         level.v_scratch.index_copy_(0, level.write_rows, v.view(rows, -1, self.head_dim))
-        # `kv_views` is what griffin's attention backends add to vLLM's.
+        # `kv_views` and `quant_scales` are what griffin's attention backends add to vLLM's.
         impl: Any = self.attn.impl
         k_cache, v_cache = impl.kv_views(self.attn.kv_cache)
         out = q.new_empty(rows, self.num_heads, self.head_dim)
@@ -183,6 +183,7 @@ class DraftAttention(nn.Module):
             level.context,
             self.scale,
             out,
+            impl.quant_scales(self.attn, q),
         )
         return out.view(rows, -1)
 
