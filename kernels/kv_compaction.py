@@ -45,7 +45,10 @@ class PagedCaches:
     def addresses(self) -> torch.Tensor:
         """Of every layer's keys and values, [2, L] int64."""
         table = [[cache.data_ptr() for cache in caches] for caches in (self.keys, self.values)]
-        return torch.tensor(table, dtype=torch.int64, device=self.keys[0].device)
+        device = self.keys[0].device
+        # Made in a step, which must not wait: the host's copy is pinned.
+        host = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
+        return host.to(device, non_blocking=True)
 
 
 def compact_kv_reference(

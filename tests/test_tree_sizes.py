@@ -55,6 +55,40 @@ def test_slow_steps_show_at_the_first_probe() -> None:
     assert sum(map(bool, drafted[FIRST_PROBE + PROBE :])) == 2
 
 
+def test_a_few_unlucky_steps_end_no_trial() -> None:
+    """Tokens come in bursts: 1.9 on average, of which the first 16 steps give 1.38."""
+    size = BatchSize(Choice(1, 5, 1.3), 2.0)
+    unlucky, usual = [1, 1, 2, 1, 1, 1, 3, 1] * 2, [1, 2, 2, 3] * 12
+    for tokens in [*unlucky, *usual]:
+        nodes = size.next_nodes()
+        size.observe(nodes, tokens if nodes else 1.0, 1.4 if nodes else 1.0)
+        assert size.plain_left <= PROBE
+    assert size.rest == REST
+
+
+def test_plain_steps_that_lie_back_are_taken_anew() -> None:
+    """Contexts grow until a step takes twice as long: with and without a tree, which stays worth it."""
+    size = BatchSize(Choice(1, 5, 1.4), 2.0)
+    drafted = _serve(size, FIRST_PROBE + PROBE + WINDOW, tokens=2.0, ratio=1.4)
+    later = []
+    for _ in range(100):
+        nodes = size.next_nodes()
+        later.append(nodes)
+        size.observe(nodes, 2.0 if nodes else 1.0, 2.8 if nodes else 2.0)
+    assert drafted.count(0) == PROBE
+    assert later.count(0) == PROBE, "one probe, no rest"
+
+
+def test_probes_alone_end_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = _Scheduler(monkeypatch, [Choice(1, 5, 1.5)])
+    drafted = []
+    for _ in range(5000):
+        drafted.append(scheduler.step("a", tokens=2, seconds=1.2 if scheduler.last else 1.0))
+        scheduler.num_tokens += 2 if scheduler.last else 1
+    assert 0 < drafted.count(0) == 10 * PROBE
+    assert scheduler.sizes.holes["a"] > HOLES
+
+
 def test_rests_have_an_end_and_success_forgets_them() -> None:
     size = BatchSize(Choice(1, 5, 1.5), 2.0)
     _serve(size, 200_000, tokens=1.0, ratio=2.0)
@@ -77,6 +111,8 @@ class _Scheduler:
         self.sizes = TreeSizes(choices, {5: 2.0, 3: 1.6}, self)  # type: ignore[arg-type]
         self.clock = 0.0
         self.last = 0
+        # Of each request
+        self.num_tokens = 100
         monkeypatch.setattr(tree_sizes.time, "perf_counter", lambda: self.clock)
 
     def step(
@@ -89,7 +125,7 @@ class _Scheduler:
         finished: str = "",
         preempted: str = "",
     ) -> int:
-        self.running = [SimpleNamespace(request_id=name) for name in names]
+        self.running = [SimpleNamespace(request_id=n, num_tokens=self.num_tokens) for n in names]
         drafted = self.sizes[len(names)]
         self.clock += seconds
         step = SimpleNamespace(

@@ -6,10 +6,13 @@ batch size it is worth
 
     tokens of a request in a step with a tree * seconds of a plain step / seconds of a step with a tree.
 
-Below 1 it rests, and is tried again after a while, which doubles with each failure. Now and then a few plain
-steps keep the comparison fresh. All of it happens in the scheduler's process; workers are told sizes only.
+Below 1 it rests, and is tried again after a while, which doubles with each failure. Few steps must be clearly
+below, as tokens come in bursts; and contexts grow, so plain steps that lie back are taken anew first. Now and
+then a few of them keep the comparison fresh. All of it happens in the scheduler's process; workers are told
+sizes only.
 """
 
+import math
 import statistics
 import time
 from collections import Counter, deque
@@ -34,8 +37,9 @@ TIMES, FEWEST_TIMES = 16, 4
 FIRST_PROBE, PROBE_EVERY, PROBE = 32, 512, 8
 # Plain steps after trees did not pay: at first, and at most.
 REST, LONGEST_REST = 256, 16384
-# A request that decoded more plain steps than this has a draft cache too full of holes to draft well.
-HOLES = 32
+# A request that decoded more plain steps than both, so many and such a share of its tokens, has a draft cache
+# too full of holes to draft well. Probes alone stay below that share.
+HOLES, HOLES_SHARE = 32, 1 / 16
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,9 @@ class BatchSize:
         self.rest = REST
         self.plain_left = 0
         self.drafted = 0
+        # Steps with trees since the last plain one; whether plain ones were asked for to judge by.
+        self.since_plain = 0
+        self.probed = False
 
     def next_nodes(self) -> int:
         """Nodes that the next step drafts."""
@@ -84,34 +91,44 @@ class BatchSize:
             return
         self.seconds[nodes].append(seconds)
         if nodes == 0:
+            self.since_plain = 0
             return
+        self.since_plain += 1
         self.tokens.append(tokens)
         if len(self.tokens) < TRIAL:
             return
-        worth = self.worth()
-        if worth < 1:
-            logger.info(
-                "griffin: trees of %d nodes make batches of up to %d %.2f times as fast here: the next %d "
-                "steps go without",
-                nodes,
-                self.batch,
-                worth,
-                self.rest,
-            )
-            self.plain_left = self.rest
-            self.rest = min(2 * self.rest, LONGEST_REST)
-            self.tokens.clear()
-            self.seconds[nodes].clear()
-        elif len(self.tokens) == WINDOW:
-            self.rest = REST
+        full = len(self.tokens) == WINDOW
+        # Of few steps the mean may be low by chance: two standard errors.
+        doubt = 0.0 if full else 2 * statistics.stdev(self.tokens) / math.sqrt(len(self.tokens))
+        worth = (statistics.fmean(self.tokens) + doubt) * self.ratio()
+        if worth >= 1:
+            self.probed = False
+            if full:
+                self.rest = REST
+        elif self.since_plain > TRIAL and not self.probed:
+            self.plain_left, self.probed = PROBE, True
+            self.seconds[0].clear()
+        else:
+            self._go_without(worth)
 
-    def worth(self) -> float:
-        """How many times as fast trees make this batch size, by its own steps as far as they are known."""
+    def _go_without(self, worth: float) -> None:
+        logger.info(
+            "griffin: trees of %d nodes make batches of up to %d %.2f times as fast here: the next %d "
+            "steps go without",
+            *(self.nodes, self.batch, worth, self.rest),
+        )
+        self.plain_left = self.rest
+        self.rest = min(2 * self.rest, LONGEST_REST)
+        self.probed = False
+        self.tokens.clear()
+        self.seconds[self.nodes].clear()
+
+    def ratio(self) -> float:
+        """Time of a plain step over that of one with a tree, by own steps as far as they are known."""
         plain, with_tree = self.seconds[0], self.seconds[self.nodes]
-        ratio = self.promised_ratio
         if min(len(plain), len(with_tree)) >= FEWEST_TIMES:
-            ratio = statistics.median(plain) / statistics.median(with_tree)
-        return statistics.fmean(self.tokens) * ratio
+            return statistics.median(plain) / statistics.median(with_tree)
+        return self.promised_ratio
 
 
 class TreeSizes:
@@ -140,7 +157,9 @@ class TreeSizes:
         size = self.at(max(batch, len(running)))
         if size is None:
             return 0
-        with_holes = sum(self.holes[r.request_id] > HOLES for r in running)
+        with_holes = sum(
+            self.holes[r.request_id] > max(HOLES, HOLES_SHARE * r.num_tokens) for r in running
+        )
         return 0 if 2 * with_holes > len(running) else size.next_nodes()
 
     def at(self, batch: int) -> BatchSize | None:

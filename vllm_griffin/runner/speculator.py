@@ -225,16 +225,25 @@ class TreeSpeculator(DraftModelSpeculator):
         if self._target_reloaded:
             connect_draft(self.model, self._target, self.vllm_config)
             self._target_reloaded = False
-        walk = self._step_walk(input_batch, num_sampled, last_sampled, next_prefill_tokens)
+        assert self.verifier_slot.verifier is not None
+        walk = self.verifier_slot.verifier.take_walk()
+        if walk is not None:
+            self._compact_target_cache(input_batch, slot_mappings, walk)
         if not self.drafting:
             return self.draft_tokens[:num_reqs]
-        if input_batch.num_draft_tokens > 0:
-            self._compact_target_cache(input_batch, slot_mappings, walk)
         if size == 0:
             self.trees.clear(input_batch.idx_mapping)
             if self.adaptive and not input_batch.has_prefill:
                 # The draft's cache keeps a hole here; `TreeSizes` counts it.
                 return self.draft_tokens[:num_reqs]
+        if walk is None:
+            walk = self._roots_alone(input_batch, last_sampled)
+        # In the middle of a prompt the next token is the prompt's, whatever was drawn.
+        walk.tokens[:, 0] = torch.where(
+            num_sampled > 0,
+            walk.tokens[:, 0],
+            next_prefill_tokens[0, input_batch.idx_mapping].long(),
+        )
         start = self._first_pass(input_batch, walk, num_sampled, slot_mappings, last_hidden_states)
         if size == 0:
             return self.draft_tokens[:num_reqs]
@@ -248,29 +257,15 @@ class TreeSpeculator(DraftModelSpeculator):
         attach_trees(input_batch, self.trees)
         return pad(tree.tokens, (0, self.num_nodes - size))
 
-    def _step_walk(
-        self,
-        batch: InputBatch,
-        num_sampled: torch.Tensor,
-        last_sampled: torch.Tensor,
-        next_prefill_tokens: torch.Tensor,
-    ) -> Walk:
-        """The accepted paths, also for steps and requests that had nothing to verify."""
-        assert self.verifier_slot.verifier is not None
-        walk = self.verifier_slot.verifier.take_walk()
-        slots = batch.idx_mapping
-        if walk is None:
-            shape = (batch.num_reqs, self.max_path)
-            walk = Walk(
-                path=torch.zeros(shape, dtype=torch.int32, device=self.device),
-                tokens=torch.zeros(shape, dtype=torch.int64, device=self.device),
-                num_accepted=torch.ones_like(num_sampled),
-            )
-            walk.tokens[:, 0] = last_sampled[slots, 0]
-        # In the middle of a prompt the next token is the prompt's, whatever was drawn.
-        walk.tokens[:, 0] = torch.where(
-            num_sampled > 0, walk.tokens[:, 0], next_prefill_tokens[0, slots].long()
+    def _roots_alone(self, batch: InputBatch, last_sampled: torch.Tensor) -> Walk:
+        """The walk of a step that had nothing to verify."""
+        shape = (batch.num_reqs, self.max_path)
+        walk = Walk(
+            path=torch.zeros(shape, dtype=torch.int32, device=self.device),
+            tokens=torch.zeros(shape, dtype=torch.int64, device=self.device),
+            num_accepted=torch.ones(batch.num_reqs, dtype=torch.int32, device=self.device),
         )
+        walk.tokens[:, 0] = last_sampled[batch.idx_mapping, 0]
         return walk
 
     def _compact_target_cache(
