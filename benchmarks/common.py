@@ -52,6 +52,8 @@ def write_table(
     """Print a table, and write it beside the JSON file `output` with notes, command, machine and versions."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
     lines.insert(1, "|" + "---|" * len(head))
+    if made["hardware"]["gpu"] is None:
+        notes = [*notes, "A CPU's times: they say nothing about a GPU."]
     lines += ["", *notes] if notes else []
     hardware = ", ".join(f"{k} {v}" for k, v in made["hardware"].items())
     versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())

@@ -63,15 +63,25 @@ def engines(
 
 
 def measure(
-    made: dict[str, Engine], batches: dict[int, list[list[list[int]]]], max_tokens: int, rounds: int
+    made: dict[str, Engine],
+    batches: dict[int, list[list[list[int]]]],
+    max_tokens: int,
+    rounds: int,
+    temperature: float,
 ) -> list[dict[str, Any]]:
     """A row for each engine and batch size: `rounds` runs over all batches of that size, in turn."""
     rows = []
     for size, prompts in batches.items():
         runs: dict[str, list[list[Decoding]]] = {name: [] for name in made}
         for number in range(1 + rounds):
-            for name, engine in made.items():
-                done = [engine.decode(batch, max_tokens, temperature=0.0) for batch in prompts]
+            # Each takes every place in turn: what ran before, and a machine that drifts, favour none.
+            first = number % len(made)
+            for name in [*made][first:] + [*made][:first]:
+                engine = made[name]
+                done = [
+                    engine.decode(batch, max_tokens, temperature=temperature, seed=0)
+                    for batch in prompts
+                ]
                 # The first round warms caches up.
                 if number:
                     runs[name].append(done)
@@ -147,6 +157,7 @@ def common(command: Any) -> Any:
         ),
         click.option("--rounds", default=5, show_default=True, help="Runs that count, in turn."),
         click.option("--max-tokens", default=64, show_default=True),
+        click.option("--temperature", default=0.0, show_default=True, help="Seeded above 0."),
         click.option("--dtype", default="auto", show_default=True),
         click.option(
             "--eager", is_flag=True, help="Without torch.compile and CUDA graphs, for all."
@@ -260,7 +271,9 @@ def _run(
     with engines(
         target, settings["baselines"], specs, arguments | options, settings["logs"]
     ) as made:
-        rows = measure(made, batches, settings["max_tokens"], settings["rounds"])
+        rows = measure(
+            made, batches, settings["max_tokens"], settings["rounds"], settings["temperature"]
+        )
     kept = {k: v for k, v in settings.items() if k not in ("output", "logs")}
     report(rows, made_by, kept | facts | {"engines": list(specs)}, settings["output"])
 

@@ -97,17 +97,17 @@ def test_slots_change_hands_without_a_wait(monkeypatch: Any) -> None:
 
 
 def test_decode_rates_of_a_shape(tmp_path: Path) -> None:
-    """A toy Llama of random weights: both plain engines and a tree of forced acceptance, in turn."""
+    """A toy Llama of random weights: a plain engine and a tree of forced acceptance, in turn."""
     record = benchmark(
         tmp_path / "shape.json",
         "generate.py",
         *("shape", "--eager", "--hidden", "64", "--intermediate", "96", "--layers", "2"),
         *("--heads", "2", "1", "--vocab", "640", "--context", "20", "--acceptance", "2.5"),
         *("--tree", "7,3,3", "--batches", "1,2", "--rounds", "1", "--max-tokens", "31"),
-        *("--dtype", "float32", "--logs", str(tmp_path)),
+        *("--baseline", "V1", "--dtype", "float32", "--logs", str(tmp_path)),
     )
     rows = {(row["engine"].split(",")[0], row["batch"]): row for row in record["rows"]}
-    assert len(record["rows"]) == 6
+    assert len(record["rows"]) == 4
     for batch in (1, 2):
         tree = rows["tree 7", batch]
         assert 2.0 < tree["tokens_per_step"] < 3.0
@@ -121,7 +121,7 @@ def test_steps_by_batch_and_context(tmp_path: Path) -> None:
     record = benchmark(
         tmp_path / "step.json",
         "step.py",
-        *("--shape", "toy", "--eager", "--tree", "7,3,3", "--acceptance", "2.5", "--chain", "3"),
+        *("--shape", "toy", "--eager", "--tree", "7,3,3=2.5", "--acceptance", "9", "--chain", "3"),
         *("--chain-acceptance", "2", "--batches", "2", "--contexts", "20,40", "--steps", "4"),
         *("--baseline", "V2"),
         *("--rounds", "1", "--dtype", "float32", "--logs", str(tmp_path)),

@@ -41,6 +41,20 @@ def test_commit_and_versions() -> None:
     assert record["hardware"]["cores"] >= 1
 
 
+@pytest.mark.parametrize(
+    ("script", "driver"),
+    [("echo 570.86\necho 570.86", "570.86"), ("echo no devices; exit 9", None), (None, None)],
+)
+def test_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, driver: str | None
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert provenance.describe()["hardware"]["driver"] == driver
+
+
 @click.command()
 @config_option
 @click.option("--many", multiple=True, type=int)

@@ -32,6 +32,7 @@ def describe(seed: int | None = None) -> dict[str, Any]:
             "cpu": _cpu(),
             "cores": len(os.sched_getaffinity(0)),
             "gpu": _gpu(),
+            "driver": _driver(),
         },
     }
 
@@ -94,3 +95,15 @@ def _gpu() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _driver() -> str | None:
+    """Version of the GPU's driver; None without one, or where its tool does not say."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True)
+    except OSError:  # no such tool
+        return None
+    return (
+        result.stdout.splitlines()[0].strip() if result.stdout and not result.returncode else None
+    )

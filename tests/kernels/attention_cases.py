@@ -65,9 +65,10 @@ FACTORS = {
 
 
 def quick(setting: dict) -> bool:
-    """Whether the interpreter is done in a few seconds: long contexts with few rows of a key head."""
-    long = setting.get("context", 0) == 32768
-    return not long or setting.get("group", 1) * setting.get("rows", 2) <= 70
+    """Whether the interpreter is done in a few seconds: long contexts with few numbers a key head."""
+    numbers = setting.get("group", 1) * setting.get("rows", 2) * setting.get("head_dim", 64)
+    eight_bits = setting.get("cache") is not None
+    return setting.get("context", 0) < 32768 or numbers * (1 + eight_bits) <= 65 * 80
 
 
 def of_setting(setting: dict) -> Case:
