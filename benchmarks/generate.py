@@ -12,6 +12,7 @@ a table; writes JSON, Markdown and a picture.
 import os
 import statistics
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -62,49 +63,57 @@ def engines(
         yield made
 
 
+# By batch size and engine: the runs, each over all batches of that size
+Runs = dict[tuple[int, str], list[list[Decoding]]]
+
+
 def measure(
     made: dict[str, Engine],
     batches: dict[int, list[list[list[int]]]],
     max_tokens: int,
     rounds: int,
     temperature: float,
-) -> list[dict[str, Any]]:
-    """A row for each engine and batch size: `rounds` runs over all batches of that size, in turn."""
-    rows = []
+) -> Runs:
+    """`rounds` runs of each engine over all batches of each size, in turn."""
+    runs: Runs = {(size, name): [] for size in batches for name in made}
     for size, prompts in batches.items():
-        runs: dict[str, list[list[Decoding]]] = {name: [] for name in made}
         for number in range(1 + rounds):
             # Each takes every place in turn: what ran before, and a machine that drifts, favour none.
             first = number % len(made)
             for name in [*made][first:] + [*made][:first]:
-                engine = made[name]
                 done = [
-                    engine.decode(batch, max_tokens, temperature=temperature, seed=0)
+                    made[name].decode(batch, max_tokens, temperature=temperature, seed=0)
                     for batch in prompts
                 ]
                 # The first round warms caches up.
                 if number:
-                    runs[name].append(done)
-        for name, kept in runs.items():
-            rates = [sum(d.tokens for d in one) / sum(d.seconds for d in one) for one in kept]
-            everything = [d for one in kept for d in one]
-            steps = sum(d.steps for d in everything)
-            rows.append(
-                {
-                    "engine": name,
-                    "batch": size,
-                    "tokens_per_second": statistics.median(rates),
-                    "lowest": min(rates),
-                    "highest": max(rates),
-                    "tokens_per_step": sum(d.tokens for d in everything) / steps / size,
-                    "step_ms": statistics.median(d.step_ms for d in everything),
-                    "runs": [[asdict(d) for d in one] for one in kept],
-                }
-            )
-    best = {
-        size: max(r["tokens_per_second"] for r in rows if r["batch"] == size and is_plain(r))
-        for size in batches
-    }
+                    runs[size, name].append(done)
+    return runs
+
+
+def summary(runs: Runs) -> list[dict[str, Any]]:
+    """A row for each engine and batch size."""
+    rows = []
+    for (size, name), kept in runs.items():
+        rates = [sum(d.tokens for d in one) / sum(d.seconds for d in one) for one in kept]
+        everything = [d for one in kept for d in one]
+        steps = sum(d.steps for d in everything)
+        rows.append(
+            {
+                "engine": name,
+                "batch": size,
+                "tokens_per_second": statistics.median(rates),
+                "lowest": min(rates),
+                "highest": max(rates),
+                "tokens_per_step": sum(d.tokens for d in everything) / steps / size,
+                "step_ms": statistics.median(d.step_ms for d in everything),
+                "runs": [[asdict(d) for d in one] for one in kept],
+            }
+        )
+    best: dict[int, float] = {}
+    for row in rows:
+        if is_plain(row):
+            best[row["batch"]] = max(best.get(row["batch"], 0.0), row["tokens_per_second"])
     return [row | {"speedup": row["tokens_per_second"] / best[row["batch"]]} for row in rows]
 
 
@@ -155,7 +164,15 @@ def common(command: Any) -> Any:
         click.option(
             "--tree", "trees", multiple=True, help="nodes,depth,top_k or auto; repeatable."
         ),
-        click.option("--rounds", default=5, show_default=True, help="Runs that count, in turn."),
+        click.option(
+            "--starts",
+            default=1,
+            show_default=True,
+            help="Of all engines: the memory that a process gets can make it some percent slower for good.",
+        ),
+        click.option(
+            "--rounds", default=5, show_default=True, help="Runs that count, in turn, of a start."
+        ),
         click.option("--max-tokens", default=64, show_default=True),
         click.option("--temperature", default=0.0, show_default=True, help="Seeded above 0."),
         click.option("--dtype", default="auto", show_default=True),
@@ -268,12 +285,14 @@ def _run(
     if CPU not in os.environ:
         # All engines share the device.
         arguments["gpu_memory_utilization"] = 0.9 / (len(settings["baselines"]) + len(specs))
-    with engines(
-        target, settings["baselines"], specs, arguments | options, settings["logs"]
-    ) as made:
-        rows = measure(
-            made, batches, settings["max_tokens"], settings["rounds"], settings["temperature"]
-        )
+    runs: Runs = defaultdict(list)
+    how = [settings[name] for name in ("max_tokens", "rounds", "temperature")]
+    for start in range(settings["starts"]):
+        logs = settings["logs"] / str(start)
+        with engines(target, settings["baselines"], specs, arguments | options, logs) as made:
+            for key, more in measure(made, batches, *how).items():
+                runs[key] += more
+    rows = summary(runs)
     kept = {k: v for k, v in settings.items() if k not in ("output", "logs")}
     report(rows, made_by, kept | facts | {"engines": list(specs)}, settings["output"])
 

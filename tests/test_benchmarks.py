@@ -116,6 +116,13 @@ def test_decode_rates_of_a_shape(tmp_path: Path) -> None:
     assert (tmp_path / "shape.png").stat().st_size > 5000
 
 
+def test_sizes_that_are_captured(monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from step import capture_sizes
+
+    assert capture_sizes([1, 2, 64], 60) == [1, 2, 60, 64, 120, 3840]
+
+
 def test_steps_by_batch_and_context(tmp_path: Path) -> None:
     """A toy Llama: a plain engine, vLLM's own chain and a tree, each by itself."""
     record = benchmark(

@@ -220,6 +220,19 @@ def test_more_trees_than_a_step_holds_are_warned_of(
         assert ("per_batch_size" in said[0]) == ("tree_budget" not in spec)
 
 
+@pytest.mark.parametrize(("cuda", "cache"), [(True, "fp8"), (True, "auto"), (False, "fp8")])
+def test_a_gpu_that_rounds_weights_is_warned_of(
+    cuda: bool, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = SimpleNamespace(is_cuda=lambda: cuda, is_device_capability_family=lambda n: False)
+    monkeypatch.setattr(engine_features, "current_platform", platform)
+    said: list[str] = []
+    monkeypatch.setattr(engine_features.logger, "warning", lambda text, *n: said.append(text % n))
+    make(kv_cache_dtype=cache)
+    assert len(said) == (cuda and cache == "fp8")
+    assert all("kv_cache_dtype='fp8'" in text for text in said)
+
+
 def test_an_absurd_shape_costs_no_more_than_its_nodes() -> None:
     shape = {"tree_depth": 10**9, "tree_top_k": 500, "num_speculative_tokens": 5}
     spec = griffin_config(make(shape))

@@ -28,6 +28,8 @@ def test_command(monkeypatch: pytest.MonkeyPatch, program: str, wanted: str) -> 
     monkeypatch.setenv("VLLM_GRIFFIN_CPU", "1")
     assert provenance.describe(3)["command"] == f"VLLM_GRIFFIN_CPU=1 {wanted}"
     assert provenance.describe(3)["seed"] == 3
+    monkeypatch.setattr(sys, "argv", [program, "--target", str(Path.home() / "model")])
+    assert provenance.describe(3)["command"].endswith("--target ~/model")
 
 
 def test_commit_and_versions() -> None:

@@ -21,6 +21,8 @@ def describe(seed: int | None = None) -> dict[str, Any]:
     None where the package is no checkout.
     """
     command = shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]])
+    # Results are shown to others.
+    command = command.replace(f"{Path.home()}/", "~/")
     return {
         # Without the switch the same command may do something else.
         "command": f"{CPU}=1 {command}" if os.environ.get(CPU) == "1" else command,

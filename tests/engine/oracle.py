@@ -31,7 +31,7 @@ def oracle_trees(texts: dict[str, list[int]], vocab_size: int, seed: int = 0) ->
 
     def random_trees(self: TreeSpeculator, start: TreeStart, size: int) -> OrderedTree:
         grow(self, start, size)  # the draft runs all the same
-        grower = self.grower_of(size)
+        grower = self.growers[size]
         names = [client_request_id(r) for r in batches[0].req_ids]
         pools = [
             _pool(grower, texts[name][position + 1 :], vocab_size, generator)

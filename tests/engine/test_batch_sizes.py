@@ -78,25 +78,31 @@ def test_sizes_follow_the_batch(tmp_path: Path, async_scheduling: bool) -> None:
     check_counters(counters, records)
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 12])
-def test_a_smaller_tree_is_that_of_a_smaller_engine(size: int) -> None:
-    """Its best nodes, from no more levels than it can have."""
-    k = 4
-    whole = TreeGrower(5, k, torch.device("cpu"))
-    small = TreeGrower(min(5, size), k, torch.device("cpu"))
+def _children(tokens: torch.Tensor, level: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each node's k best children, [2, nodes, k] log-probabilities and tokens, by token and level alone."""
+    found = []
+    for token in tokens.flatten().tolist():
+        generator = torch.Generator().manual_seed(1000 * level + token)
+        scores = torch.randn(9, generator=generator).log_softmax(-1)
+        found.append((scores, torch.randperm(99, generator=generator)[:9]))
+    scores, names = (torch.stack(x).view(*tokens.shape, 9) for x in zip(*found, strict=True))
+    best = scores.topk(k)
+    return best.values, names.gather(-1, best.indices)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 12])
+def test_a_smaller_tree_is_a_part_of_the_largest(size: int) -> None:
+    """Its best nodes, though grown from fewer levels and a narrower frontier."""
+    whole = TreeGrower(5, 4, torch.device("cpu"))
+    small = whole.of_size(size)
+    assert (small.levels, small.top_k) == (min(5, size), min(4, size))
     trees = []
     for grower in (whole, small):
-        generator = torch.Generator().manual_seed(0)
-
-        def children(width: int, generator: torch.Generator = generator) -> tuple:
-            scores = torch.randn(2, width, k, generator=generator).log_softmax(-1)
-            tokens = torch.randint(99, (2, width, k), generator=generator)
-            return scores.sort(-1, descending=True).values, tokens
-
-        logprobs, tokens = children(1)
-        frontier = grower.begin(logprobs[:, 0], tokens[:, 0])
-        for _ in range(1, min(5, size)):
-            frontier = grower.advance(frontier, *children(k))
+        roots = _children(torch.tensor([[3], [4]]), 0, grower.top_k)
+        frontier = grower.begin(*(x[:, 0] for x in roots))
+        for level in range(1, grower.levels):
+            children = _children(frontier.tokens, level, grower.top_k)
+            frontier = grower.advance(frontier, *children)
         trees.append(grower.finish(size))
     for field in ("tokens", "parents", "depths", "scores", "spine_len"):
         assert torch.equal(getattr(trees[0], field), getattr(trees[1], field)), field

@@ -66,10 +66,14 @@ class TreeSpeculator(DraftModelSpeculator):
         self._cache_addresses: list[int] = []
         self._target: Any = None
         self._target_reloaded = False
-        # By number of nodes
-        self.growers = {t.nodes: TreeGrower(t.levels, t.width, device) for t in spec.trees}
         # Nodes of the trees that a step may be asked for
         self.sizes = spec.tree_sizes
+        # By number of nodes: a tree of the config, or a smaller part of the largest.
+        growers = {t.nodes: TreeGrower(t.levels, t.width, device) for t in spec.trees}
+        whole = growers[self.num_nodes]
+        self.growers = growers | {
+            size: whole.of_size(size) for size in self.sizes if size not in growers
+        }
         self.graphs: TreeGraphs | None = None
         self.extend_graphs: ExtendGraphs | None = None
         # Turned off where no tree pays at all; the draft's cache is then not kept up either.
@@ -167,7 +171,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self.graphs = TreeGraphs(
             self.vllm_config,
             self.device,
-            {size: self.grower_of(size).top_k for size in self.sizes},
+            {size: self.growers[size].top_k for size in self.sizes},
             self._grow,
             buffers,
         )
@@ -392,7 +396,7 @@ class TreeSpeculator(DraftModelSpeculator):
 
     def _grow(self, start: TreeStart, size: int) -> OrderedTree:
         """Grows trees of `size` nodes from the draft's outputs at the last token."""
-        grower = self.grower_of(size)
+        grower = self.growers[size]
         batch, k = len(start.prefix_lens), grower.top_k
         frontier = grower.begin(*self._children(start.predict, k))
         features = start.regress.unsqueeze(1).expand(-1, k, -1)
@@ -415,10 +419,6 @@ class TreeSpeculator(DraftModelSpeculator):
                 1, frontier.parents.long().unsqueeze(-1).expand(-1, -1, regress.shape[-1])
             )
         return grower.finish(size, start.spine_first)
-
-    def grower_of(self, size: int) -> TreeGrower:
-        """For trees of `size` nodes: a shape of their own, or the best nodes of the largest tree's pool."""
-        return self.growers.get(size, self.growers[self.num_nodes])
 
     def _children(self, predict: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[rows, h] -> the k best tokens of each row and their log-probabilities, [rows, k].

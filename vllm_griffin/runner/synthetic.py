@@ -20,6 +20,8 @@ class SyntheticVerifier:
         self.rates = torch.tensor(rates, dtype=torch.float32, device=trees.tokens.device)
         self.trees = trees
         self.max_path = max_path
+        # Ranks must decide alike, whatever else each of them draws.
+        self._generator = torch.Generator(trees.tokens.device).manual_seed(0)
 
     def walk(
         self,
@@ -34,7 +36,7 @@ class SyntheticVerifier:
         slots, first = idx_mapping.long(), cu_num_logits[:-1].long()
         num_rows = cu_num_logits[1:].long() - first
         nodes = torch.minimum((num_rows - 1).clamp(min=0), self.trees.num_nodes[slots].long())
-        chance = torch.rand(len(slots), 1, device=drawn.device)
+        chance = torch.rand(len(slots), 1, device=drawn.device, generator=self._generator)
         accepted = torch.minimum((chance < self.rates).sum(1), nodes).unsqueeze(1)
         step = torch.arange(self.max_path, device=drawn.device)
         path = (nodes.unsqueeze(1) - accepted + step).where((step > 0) & (step <= accepted), 0)
