@@ -229,8 +229,10 @@ def test_a_gpu_that_rounds_weights_is_warned_of(
     said: list[str] = []
     monkeypatch.setattr(engine_features.logger, "warning", lambda text, *n: said.append(text % n))
     make(kv_cache_dtype=cache)
-    assert len(said) == (cuda and cache == "fp8")
-    assert all("kv_cache_dtype='fp8'" in text for text in said)
+    warned = any(
+        "kv_cache_dtype='fp8' vLLM's attention rounds its weights" in text for text in said
+    )
+    assert warned == (cuda and cache == "fp8")
 
 
 def test_an_absurd_shape_costs_no_more_than_its_nodes() -> None:
