@@ -48,11 +48,16 @@ def write_table(
     head: Sequence[str],
     rows: Sequence[Sequence[str]],
     notes: Sequence[str] = (),
+    times: bool = True,
 ) -> None:
-    """Print a table, and write it beside the JSON file `output` with notes, command, machine and versions."""
+    """Print a table, and write it beside the JSON file `output` with notes, command, machine and versions.
+
+    Args:
+        times: Whether the table has times, which are those of this machine.
+    """
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
     lines.insert(1, "|" + "---|" * len(head))
-    if made["hardware"]["gpu"] is None:
+    if times and made["hardware"]["gpu"] is None:
         notes = [*notes, "A CPU's times: they say nothing about a GPU."]
     lines += ["", *notes] if notes else []
     hardware = ", ".join(f"{k} {v}" for k, v in made["hardware"].items())

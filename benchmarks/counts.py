@@ -246,7 +246,7 @@ def main(output: Path, target: Path, draft: Path, tree: str, requests: int, step
         for r in rows
     ]
     head = ("part, per step", "launches", "MB", "waits")
-    write_table(output, made, head, lines, [json.dumps(setting)])
+    write_table(output, made, head, lines, [json.dumps(setting)], times=False)
 
 
 if __name__ == "__main__":

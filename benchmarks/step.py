@@ -48,6 +48,8 @@ def specs(
         found[f"vLLM's EAGLE, chain of {chain}"] = {"method": "eagle", "model": str(draft)} | fields
     for tree in trees:
         shape, _, own = tree.partition("=")
+        if f"tree {shape}" in found:
+            raise click.BadParameter(f"tree {shape} is given twice")
         spec = TreeShape.parse(shape).speculative_config(str(draft))
         found[f"tree {shape}"] = spec | forced(float(own) if own else acceptance)
     return found

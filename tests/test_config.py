@@ -175,15 +175,16 @@ def test_every_field_of_vllm_is_honoured_or_refused() -> None:
         ({"attention_backend": "auto"}, "FLASH_ATTN"),
         ({"attention_backend": "TRITON_ATTN"}, "TRITON_ATTN"),
         ({"attention_config": {"backend": "FLASHINFER"}}, "FLASHINFER"),
+        ({"kv_cache_dtype": "fp8"}, "FLASH_ATTN"),
+        ({"kv_cache_dtype": "fp8", "family": 120}, "TRITON_ATTN"),
     ],
 )
-def test_where_vllm_prefers_flashinfer_flash_attention_is_named(
+def test_where_vllm_prefers_flashinfer_a_backend_with_trees_is_named(
     named: dict[str, Any], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blackwell = SimpleNamespace(
-        is_cuda=lambda: True, is_device_capability_family=lambda n: n == 100
-    )
-    monkeypatch.setattr(engine_features, "current_platform", blackwell)
+    family = named.pop("family", 100)
+    gpu = SimpleNamespace(is_cuda=lambda: True, is_device_capability_family=lambda n: n == family)
+    monkeypatch.setattr(engine_features, "current_platform", gpu)
     args = EngineArgs(model=str(GOLDEN / "target"), **named)
     engine_features.prefer_backend(args)
     found = args.attention_backend or args.attention_config.backend
@@ -224,15 +225,22 @@ def test_more_trees_than_a_step_holds_are_warned_of(
 def test_a_gpu_that_rounds_weights_is_warned_of(
     cuda: bool, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    platform = SimpleNamespace(is_cuda=lambda: cuda, is_device_capability_family=lambda n: False)
-    monkeypatch.setattr(engine_features, "current_platform", platform)
+    """By the layers, as a checkpoint may name its cache."""
+    from vllm_griffin.attention import backends
+
+    class Plain:
+        def __init__(self) -> None:
+            self.kv_cache_dtype = cache
+
+    class Tree(backends.TreeAttentionMixin, Plain):
+        pass
+
     said: list[str] = []
-    monkeypatch.setattr(engine_features.logger, "warning", lambda text, *n: said.append(text % n))
-    make(kv_cache_dtype=cache)
-    warned = any(
-        "kv_cache_dtype='fp8' vLLM's attention rounds its weights" in text for text in said
-    )
-    assert warned == (cuda and cache == "fp8")
+    monkeypatch.setattr(backends, "current_platform", SimpleNamespace(is_cuda=lambda: cuda))
+    monkeypatch.setattr(backends.logger, "warning_once", lambda text, *n: said.append(text % n))
+    Tree()
+    assert len(said) == (cuda and cache == "fp8")
+    assert all("kv_cache_dtype='fp8' vLLM's attention may round" in text for text in said)
 
 
 def test_an_absurd_shape_costs_no_more_than_its_nodes() -> None:

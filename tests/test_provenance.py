@@ -28,8 +28,9 @@ def test_command(monkeypatch: pytest.MonkeyPatch, program: str, wanted: str) -> 
     monkeypatch.setenv("VLLM_GRIFFIN_CPU", "1")
     assert provenance.describe(3)["command"] == f"VLLM_GRIFFIN_CPU=1 {wanted}"
     assert provenance.describe(3)["seed"] == 3
-    monkeypatch.setattr(sys, "argv", [program, "--target", str(Path.home() / "model")])
-    assert provenance.describe(3)["command"].endswith("--target ~/model")
+    inside, elsewhere = Path.home() / "model", Path(f"/data{Path.home()}/x")
+    monkeypatch.setattr(sys, "argv", [program, str(inside), str(elsewhere), f"--out={inside}"])
+    assert provenance.describe(3)["command"].endswith(f" ~/model {elsewhere} --out=~/model")
 
 
 def test_commit_and_versions() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from vllm_griffin import tree_sizes
 from vllm_griffin.tree_sizes import (
+    FEWEST_TIMES,
     FIRST_PROBE,
     HOLES,
     LONGEST_REST,
@@ -79,6 +80,23 @@ def test_plain_steps_that_lie_back_are_taken_anew() -> None:
     assert later.count(0) == PROBE, "one probe, no rest"
 
 
+def test_a_step_in_flight_does_not_cut_a_probe_short() -> None:
+    """Async scheduling: the step after a verdict was scheduled before it."""
+    size = BatchSize(Choice(1, 5, 1.3), 2.0)
+    size.seconds[0].extend([1.0] * FEWEST_TIMES)
+    size.since_plain = PROBE_EVERY
+    in_flight = size.next_nodes()
+    drafted = [in_flight]
+    for _ in range(60):
+        scheduled = size.next_nodes()
+        # A tree takes twice as long as plain steps did, who take 1.6 s themselves by now.
+        size.observe(in_flight, 1.5 if in_flight else 1.0, 2.0 if in_flight else 1.6)
+        in_flight = scheduled
+        drafted.append(scheduled)
+    assert drafted.count(0) == 2 * PROBE, "the first regular probe, and the one to judge by"
+    assert size.rest == REST
+
+
 def test_probes_alone_end_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = _Scheduler(monkeypatch, [Choice(1, 5, 1.5)])
     drafted = []
@@ -111,7 +129,7 @@ class _Scheduler:
         self.sizes = TreeSizes(choices, {5: 2.0, 3: 1.6}, self)  # type: ignore[arg-type]
         self.clock = 0.0
         self.last = 0
-        # Of each request
+        # Of each request's answer
         self.num_tokens = 100
         monkeypatch.setattr(tree_sizes.time, "perf_counter", lambda: self.clock)
 
@@ -125,7 +143,9 @@ class _Scheduler:
         finished: str = "",
         preempted: str = "",
     ) -> int:
-        self.running = [SimpleNamespace(request_id=n, num_tokens=self.num_tokens) for n in names]
+        self.running = [
+            SimpleNamespace(request_id=n, num_output_tokens=self.num_tokens) for n in names
+        ]
         drafted = self.sizes[len(names)]
         self.clock += seconds
         step = SimpleNamespace(

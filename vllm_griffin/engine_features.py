@@ -39,15 +39,25 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
 
 def prefer_backend(args: "EngineArgs") -> None:
-    """Names FlashAttention where vLLM would choose FlashInfer, which has no tree form; a named one stays."""
+    """Names a backend where vLLM would choose FlashInfer, which has no tree form; a named one stays."""
     config = args.attention_config
     named = args.attention_backend or config.backend or "auto"
     if str(named).lower() != "auto" or config.backend_per_kind:
         return
-    # vLLM's order of backends differs on data-centre Blackwell only.
-    if current_platform.is_cuda() and current_platform.is_device_capability_family(100):
-        logger.info("griffin: attention backend FLASH_ATTN, since FLASHINFER has no tree form")
+    if not current_platform.is_cuda():
+        return
+    hopper, blackwell = map(current_platform.is_device_capability_family, (90, 100))
+    # vLLM's order of backends differs on data-centre Blackwell; and FlashAttention reads quantised caches
+    # there and on Hopper only.
+    quantised = args.kv_cache_dtype in QUANTISED_CACHES
+    if quantised and not (hopper or blackwell):
+        args.attention_backend = AttentionBackendEnum.TRITON_ATTN
+    elif blackwell:
         args.attention_backend = AttentionBackendEnum.FLASH_ATTN
+    else:
+        return
+    name = args.attention_backend.name
+    logger.info("griffin: attention backend %s, since FLASHINFER has no tree form", name)
 
 
 def warn_of_rows(vllm_config: VllmConfig) -> None:
@@ -86,19 +96,6 @@ def _check_timing(vllm_config: VllmConfig, spec: GriffinSpeculativeConfig) -> No
             "num_speculative_tokens_per_batch_size='auto', which a draft with tree_acceptance turns on, "
             f"times steps of up to {needed} tokens, and max_model_len is {found}: name "
             "num_speculative_tokens instead"
-        )
-
-
-def warn_of_rounding(vllm_config: VllmConfig) -> None:
-    """Warns where tree rows are attended more precisely than vLLM attends the others."""
-    cache = vllm_config.cache_config.cache_dtype
-    # A CPU attends all rows in the activations' dtype.
-    if cache in QUANTISED_CACHES and current_platform.is_cuda():
-        logger.warning(
-            "griffin: with kv_cache_dtype=%r vLLM's attention rounds its weights to 8 bits, and that of "
-            "tree rows does not, so outputs may differ from those without speculation by that rounding. "
-            "Leave kv_cache_dtype out where they must not",
-            cache,
         )
 
 

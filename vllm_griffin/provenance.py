@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def describe(seed: int | None = None) -> dict[str, Any]:
     """
     command = shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]])
     # Results are shown to others.
-    command = command.replace(f"{Path.home()}/", "~/")
+    command = re.sub(rf"(?<![^\s='\"]){re.escape(str(Path.home()))}/", "~/", command)
     return {
         # Without the switch the same command may do something else.
         "command": f"{CPU}=1 {command}" if os.environ.get(CPU) == "1" else command,

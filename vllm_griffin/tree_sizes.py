@@ -37,8 +37,8 @@ TIMES, FEWEST_TIMES = 16, 4
 FIRST_PROBE, PROBE_EVERY, PROBE = 32, 512, 8
 # Plain steps after trees did not pay: at first, and at most.
 REST, LONGEST_REST = 256, 16384
-# A request that decoded more plain steps than both, so many and such a share of its tokens, has a draft cache
-# too full of holes to draft well. Probes alone stay below that share.
+# A request that decoded more plain steps than both, so many and such a share of its answer, has a draft cache
+# too full of holes to draft well. The regular probes stay below that share.
 HOLES, HOLES_SHARE = 32, 1 / 16
 
 
@@ -105,8 +105,11 @@ class BatchSize:
             self.probed = False
             if full:
                 self.rest = REST
+        elif self.probed and self.since_plain <= TRIAL and len(self.seconds[0]) < FEWEST_TIMES:
+            # Steps that were scheduled before the probe come first.
+            return
         elif self.since_plain > TRIAL and not self.probed:
-            self.plain_left, self.probed = PROBE, True
+            self.plain_left, self.probed, self.since_plain = PROBE, True, 0
             self.seconds[0].clear()
         else:
             self._go_without(worth)
@@ -158,7 +161,8 @@ class TreeSizes:
         if size is None:
             return 0
         with_holes = sum(
-            self.holes[r.request_id] > max(HOLES, HOLES_SHARE * r.num_tokens) for r in running
+            self.holes[r.request_id] > max(HOLES, HOLES_SHARE * r.num_output_tokens)
+            for r in running
         )
         return 0 if 2 * with_holes > len(running) else size.next_nodes()
 

@@ -58,7 +58,7 @@ def layer(monkeypatch):
     impl_cls = backends._flash_backend().get_impl_cls()
     impl = impl_cls.__new__(impl_cls)
     impl.num_heads, impl.num_kv_heads, impl.head_size, impl.scale = 4, 2, 32, 32**-0.5
-    impl.vllm_flash_attn_version, impl.fa4_hd256 = 3, False
+    impl.vllm_flash_attn_version, impl.fa4_hd256, impl.kv_cache_dtype = 3, False, "auto"
     return impl, calls
 
 
@@ -106,6 +106,9 @@ def test_what_flash_attention_cannot_is_refused(layer, monkeypatch):
     monkeypatch.setenv(prefix.ENV, "prefix")
     with pytest.raises(ValueError, match="does not work with FlashAttention 4 at head size 256"):
         backends.choose_form(impl, None, None, torch.device("cpu"), 0)
+    impl.kv_cache_dtype = "fp8"
+    with pytest.raises(ValueError, match="does not work with kv_cache_dtype='fp8'"):
+        backends.choose_form(impl, None, None, torch.device("cpu"), 0)
     other = SimpleNamespace(get_name=lambda: "TRITON_ATTN")
     with pytest.raises(ValueError, match="needs attention backend FLASH_ATTN, and this is TRITON"):
         backends.tree_backend(other)
@@ -132,7 +135,12 @@ def test_timed_forms_are_one_result(rows, context, monkeypatch):
 
 
 IMPL = SimpleNamespace(
-    fa4_hd256=False, num_heads=4, num_kv_heads=2, head_size=32, vllm_flash_attn_version=2
+    fa4_hd256=False,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=32,
+    vllm_flash_attn_version=2,
+    quantised_cache=False,
 )
 SPEC = SimpleNamespace(block_size=16, dtype=torch.float32)
 ENGINE = SimpleNamespace(
@@ -199,9 +207,9 @@ def test_forms_are_timed_for_batches_that_can_be(monkeypatch):
     assert found == {1: False, 4: True}
 
 
-def test_a_quantised_cache_is_refused_by_the_layer(layer):
+def test_a_cache_of_another_format_is_refused_by_the_layer(layer):
     """Also where a checkpoint names it, after the engine's own check."""
     impl, _ = layer
-    impl.kv_cache_dtype = "fp8"
-    with pytest.raises(ValueError, match="does not support kv_cache_dtype='fp8'"):
+    impl.kv_cache_dtype = "fp8_e5m2"
+    with pytest.raises(ValueError, match="does not support kv_cache_dtype='fp8_e5m2'"):
         impl._refuse_unsupported()

@@ -357,6 +357,9 @@ def test_command_says_what_is_wrong(
     (tmp_path / "c.yaml").write_text("passes: 2\n")
     config = ("--config", tmp_path / "c.yaml")
     shown = run_command(*base, *config, "--stages", "1:2", "--steps", "2")
+    assert ": --steps would be ignored beside --stages" in " ".join(shown.split())
+    (tmp_path / "c.yaml").write_text("passes: 2\nstages: 1:2\n")
+    shown = run_command(*base, *config, "--steps", "2")
     assert "--steps, --passes would be ignored beside --stages" in " ".join(shown.split())
     for tracker in ("wandb", "tensorbord"):
         monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])

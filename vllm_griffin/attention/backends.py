@@ -48,6 +48,14 @@ class TreeAttentionMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._refuse_unsupported()
+        # A CPU attends all rows in the activations' dtype.
+        if self.quantised_cache and current_platform.is_cuda():
+            logger.warning_once(
+                "griffin: with kv_cache_dtype=%r vLLM's attention may round its weights to 8 bits, and that "
+                "of tree rows does not, so outputs may differ from those without speculation by that "
+                "rounding. Leave kv_cache_dtype out where they must not",
+                self.kv_cache_dtype,
+            )
 
     def _refuse_unsupported(self) -> None:
         if getattr(self, "attn_type", AttentionType.DECODER) != AttentionType.DECODER:

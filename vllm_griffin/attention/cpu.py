@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_griffin.attention.backends import TreeAttentionMixin
+from vllm_griffin.kernels.tree_attention import QuantScales
 
 PINNED_ISA = ("vec", "vec16")
 
@@ -50,6 +51,14 @@ class TreeCPUAttentionImpl(TreeAttentionMixin, CPUAttentionBackendImpl):
         keys = halves[:, :, 0].view(num_blocks, num_kv_heads, self.head_size, block_size)
         values = halves[:, :, 1].view(num_blocks, num_kv_heads, block_size, self.head_size)
         return keys.transpose(2, 3), values
+
+    def quant_scales(self, layer: Any, query: torch.Tensor) -> QuantScales | None:
+        """As vLLM's CPU attention takes them: of scales by key head the largest, for all heads."""
+        if not self.quantised_cache:
+            return None
+        numbers = torch.tensor([layer._k_scale_float, layer._v_scale_float])
+        k, v = numbers.unsqueeze(1).expand(-1, self.num_kv_heads)
+        return QuantScales(k, v)
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):

@@ -64,10 +64,22 @@ def _plain(flags: Iterable[str]) -> set[str]:
     return {flag.lstrip("-").replace("-", "_") for flag in flags}
 
 
-def given(*names: str) -> str:
-    """Those of the command's parameters that the command line or the YAML file gives, as flags."""
+def given(*names: str, beside: str | None = None) -> str:
+    """Those of the command's parameters that the command line or the YAML file gives, as flags.
+
+    Args:
+        beside: A parameter without which none counts; where the command line gives it, it wins over what
+            the file gives, and that does not count.
+    """
     context = click.get_current_context()
-    found = [n for n in names if context.get_parameter_source(n) is not ParameterSource.DEFAULT]
+    ignored = {ParameterSource.DEFAULT}
+    if beside is not None:
+        source = context.get_parameter_source(beside)
+        if source is ParameterSource.DEFAULT:
+            return ""
+        if source is ParameterSource.COMMANDLINE:
+            ignored.add(ParameterSource.DEFAULT_MAP)
+    found = [n for n in names if context.get_parameter_source(n) not in ignored]
     return ", ".join("--" + name.replace("_", "-") for name in found)
 
 

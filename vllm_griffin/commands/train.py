@@ -147,7 +147,7 @@ def command(
     vllm-griffin train --target T --data DATA --output DRAFT
     accelerate launch -m vllm_griffin.cli train ...      (several processes, a GPU each)
     """
-    ignored = given("steps", "passes") if stages else ""
+    ignored = given("steps", "passes", beside="stages")
     if ignored:
         raise click.UsageError(
             f"{ignored} would be ignored beside --stages: leave one or the other out"

@@ -98,11 +98,10 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         vllm_config = original(self, usage_context, headless)
         # Asked only now: `vllm serve DRAFT` learns in there what it is to serve.
         if _wants_griffin(self):
-            from vllm_griffin.engine_features import check_engine, warn_of_rounding, warn_of_rows
+            from vllm_griffin.engine_features import check_engine, warn_of_rows
 
             check_engine(vllm_config)
             warn_of_rows(vllm_config)
-            warn_of_rounding(vllm_config)
         return vllm_config
 
     return create_engine_config
