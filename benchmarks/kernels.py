@@ -396,12 +396,13 @@ def report(rows: list[dict[str, Any]], speed: float, made: dict[str, Any], outpu
     write_json(output, record)
     lines = []
     for row in rows:
-        ratios = [
-            f"{row['ms'] / row[of]:.2f}" if row[of] else "-"
-            for of in ("floor_ms", "reference_ms", "chain_ms", "prefix_ms")
+        found = [
+            row["ms"] / row["floor_ms"],
+            row["reference_ms"] and row["ms"] / row["reference_ms"],
+            row["chain_ms"] and over_chain(row),
+            row["prefix_ms"] and row["ms"] / row["prefix_ms"],
         ]
-        if row["chain_ms"]:
-            ratios[2] = f"{over_chain(row):.2f}"
+        ratios = [f"{ratio:.2f}" if ratio else "-" for ratio in found]
         context = str(row["context"] or "-")
         lines.append([row["op"], str(row["batch"]), context, f"{row['ms']:.3f}", *ratios])
     notes = [f"{runs}; a copy moves {speed / 1e9:.1f} GB/s."]

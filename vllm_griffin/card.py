@@ -13,6 +13,7 @@ from vllm_griffin.model.checkpoint import DraftCheckpoint
 from vllm_griffin.model.config import PAPER_TREE, read_json
 from vllm_griffin.model.layout import EMBEDDING
 from vllm_griffin.model.speculators import HUB_ID, verifier_of
+from vllm_griffin.provenance import HOME
 from vllm_griffin.report import Row, read_run
 from vllm_griffin.whole_file import whole_file
 
@@ -32,8 +33,6 @@ HELD_OUT_ROWS = (
     ("val_token", "soft cross-entropy"),
     ("val_feature", "feature loss (smooth L1)"),
 )
-# A card may be published: a home folder is `~`, as a shell has it.
-HOME = re.compile(r"/(?:root|home/[^/\s\"']+)(?=/)")
 
 
 def write_card(

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 CPU = "VLLM_GRIFFIN_CPU"
+# Results and cards may be published: a home folder is `~`, as a shell has it.
+HOME = re.compile(r"(?<![\w.-])/(?:root|home/[^/\s\"']+)(?=/)")
 PACKAGES = ("vllm-griffin", "torch", "transformers", "accelerate", "safetensors", "triton")
 
 
@@ -22,8 +24,7 @@ def describe(seed: int | None = None) -> dict[str, Any]:
     None where the package is no checkout.
     """
     command = shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]])
-    # Results are shown to others.
-    command = re.sub(rf"(?<![^\s='\"]){re.escape(str(Path.home()))}/", "~/", command)
+    command = HOME.sub("~", command)
     return {
         # Without the switch the same command may do something else.
         "command": f"{CPU}=1 {command}" if os.environ.get(CPU) == "1" else command,

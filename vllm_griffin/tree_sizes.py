@@ -69,7 +69,7 @@ class BatchSize:
         self.rest = REST
         self.plain_left = 0
         self.drafted = 0
-        # Steps with trees since the last plain one; whether plain ones were asked for to judge by.
+        # Steps with trees since the last plain one, or since plain ones were asked for to judge by.
         self.since_plain = 0
         self.probed = False
 
@@ -95,8 +95,11 @@ class BatchSize:
             return
         self.since_plain += 1
         self.tokens.append(tokens)
-        if len(self.tokens) < TRIAL:
-            return
+        if len(self.tokens) >= TRIAL:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Ends drafting for a while, or has plain steps timed anew, where trees do not pay."""
         full = len(self.tokens) == WINDOW
         # Of few steps the mean may be low by chance: two standard errors.
         doubt = 0.0 if full else 2 * statistics.stdev(self.tokens) / math.sqrt(len(self.tokens))

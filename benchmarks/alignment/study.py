@@ -61,14 +61,14 @@ class Study:
         steps = round(self.steps[1] * row.step_factor)
         if result.exists():
             record = json.loads(result.read_text())
-            found = [record["trunk_steps"], *record["training"]["settings"]["stages"]]
-            _check_steps(result, found, [self.steps[0], [row.passes, steps]], "--results")
+            found = [[1, record["trunk_steps"]], *record["training"]["settings"]["stages"]]
+            _check_stages(result, found, [[1, self.steps[0]], [row.passes, steps]], "--results")
             return
         click.secho(f"{name}, seed {seed}", bold=True)
         draft = self.work / f"{slug(name)}-{seed}"
         trunk = self._trunk(row, data, seed)
         flags = (*row.flags, *self.later)
-        self._train(draft, data, seed, f"{row.passes}:{steps}", flags, trunk)
+        self._train(draft, data, seed, [row.passes, steps], flags, trunk)
         scratch = self.work / "evaluation" / f"{slug(name)}-{seed}"
         vllm_griffin(
             "eval", "--target", self.target, "--draft", draft, "--output", scratch, *self.evaluation
@@ -90,7 +90,7 @@ class Study:
     def _trunk(self, row: Row, data: Path, seed: int) -> Path:
         trunk = self.work / f"trunk-{row.trunk}-{slug(data.name)}-{seed}"
         flags = TRUNKS[row.trunk]
-        self._train(trunk, data, seed, f"1:{self.steps[0]}", flags, None)
+        self._train(trunk, data, seed, [1, self.steps[0]], flags, None)
         return trunk
 
     def _train(
@@ -98,26 +98,28 @@ class Study:
         output: Path,
         data: Path,
         seed: int,
-        stages: str,
+        stage: list[int],
         flags: Iterable[str],
         init: Path | None,
     ) -> None:
         done = output / "done"
         if done.exists():
             settings = json.loads((output / "run.json").read_text())["settings"]
-            found = [":".join(map(str, stage)) for stage in settings["stages"]]
-            _check_steps(output, found, [stages], "--work")
+            _check_stages(output, settings["stages"], [stage], "--work")
             return
         going_on = ["--init-from", init] if init else []
         vllm_griffin(
             "train", "--target", self.target, "--data", data, "--output", output, *flags,
-            "--stages", stages, "--seed", seed, *going_on, *self.common,
+            "--stages", ":".join(map(str, stage)), "--seed", seed, *going_on, *self.common,
         )  # fmt: skip
         done.touch()
 
 
-def _check_steps(path: Path, found: list[object], wanted: list[object], option: str) -> None:
+def _check_stages(path: Path, found: list[list[int]], wanted: list[list[int]], option: str) -> None:
     """What is there and has other steps than asked for is neither taken for them nor written over.
+
+    Args:
+        found, wanted: Passes and steps of each stage.
 
     Raises:
         click.ClickException: names both, and the option that leads elsewhere.

@@ -15,6 +15,7 @@ from vllm_griffin.evaluate.engine import check_counters
 from vllm_griffin.kernels.tree_order import OrderedTree
 from vllm_griffin.trace import read_trace
 from vllm_griffin.tree import TreeGrower
+from vllm_griffin.tree_shape import TreeShape
 
 VOCABULARY = 512
 # Two words of bits for the whole tree, one for the smaller ones; no tree from four requests on.
@@ -93,8 +94,9 @@ def _children(tokens: torch.Tensor, level: int, k: int) -> tuple[torch.Tensor, t
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 12])
 def test_a_smaller_tree_is_a_part_of_the_largest(size: int) -> None:
     """Its best nodes, though grown from fewer levels and a narrower frontier."""
+    shape = TreeShape(size, 5, 4)
     whole = TreeGrower(5, 4, torch.device("cpu"))
-    small = whole.of_size(size)
+    small = TreeGrower(shape.levels, shape.width, torch.device("cpu"))
     assert (small.levels, small.top_k) == (min(5, size), min(4, size))
     trees = []
     for grower in (whole, small):

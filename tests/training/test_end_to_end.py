@@ -24,18 +24,18 @@ def run(*arguments: object) -> None:
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
-def acceptance(drafts: list[Path], prompts: Path, output: Path) -> dict[str, float]:
-    """Acceptance length of the tree by draft, in the engine at T=0."""
+def acceptance(drafts: list[Path], prompts: Path, output: Path) -> dict[tuple[str, str], float]:
+    """Acceptance length by draft and tree, in the engine at T=0."""
     run("-m", "vllm_griffin.cli", "eval", "--target", TARGET, "--prompts", prompts,
-        "--limit", 4, "--max-tokens", 32, "--temperature", 0, "--tree", "59,6,10", "--output", output,
+        "--limit", 4, "--max-tokens", 32, "--temperature", 0, "--output", output,
         *(option for draft in drafts for option in ("--draft", draft)))  # fmt: skip
     rows = json.loads((output / "evaluation.json").read_text())["rows"]
-    return {Path(row["draft"]).name: row["acceptance_length"] for row in rows}
+    return {(Path(row["draft"]).name, row["tree"]): row["acceptance_length"] for row in rows}
 
 
 @pytest.mark.timeout(900)
 def test_trained_draft_is_accepted_more(tmp_path: Path) -> None:
-    """Its tree gains at least half a token a step over the untrained draft's."""
+    """Its tree gains at least half a token a step over the untrained draft's, its chain something."""
     command = ("-m", "vllm_griffin.cli")
     run("examples/models/make_tiny.py", "texts", "--files", 24, "--output", tmp_path)
     run(*command, "data", "--target", TARGET, "--input", tmp_path / "text.jsonl", "--length", 256,
@@ -47,4 +47,5 @@ def test_trained_draft_is_accepted_more(tmp_path: Path) -> None:
     run(*train, "--output", tmp_path / "fresh", "--stages", "1:1", "--lr", 0, "--muon-lr", 0)
     drafts = [tmp_path / "trained", tmp_path / "fresh"]
     found = acceptance(drafts, tmp_path / "prompts.jsonl", tmp_path / "evaluated")
-    assert found["trained"] >= found["fresh"] + 0.5, found
+    assert found["trained", "59,6,10"] >= found["fresh", "59,6,10"] + 0.5, found
+    assert found["trained", "chain:6"] > found["fresh", "chain:6"], found

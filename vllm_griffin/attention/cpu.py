@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
-from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -83,15 +81,16 @@ def _check_layout(
     Raises:
         ValueError: vLLM packs its CPU cache otherwise than this plugin reads it.
     """
-    stored = current_platform.fp8_dtype() if is_quantized_kv_cache(kv_cache_dtype) else dtype
+    reader = TreeCPUAttentionImpl.__new__(TreeCPUAttentionImpl)
+    reader.head_size, reader.kv_cache_dtype = head_dim, kv_cache_dtype
     # Numbers that the cache holds exactly, in an order that no other layout has.
     keys = torch.arange(block_size * head_dim, dtype=torch.float32)
-    keys = keys.remainder(251 if stored == dtype else 13).view(block_size, 1, head_dim).to(dtype)
+    keys = keys.remainder(13 if reader.quantised_cache else 251)
+    keys = keys.view(block_size, 1, head_dim).to(dtype)
     values = keys + 1
+    stored = torch.uint8 if reader.quantised_cache else dtype
     cache = torch.zeros(1, 1, block_size, 2 * head_dim, dtype=stored)
-    # To vLLM 8-bit floats are bytes.
-    raw = cache if stored == dtype else cache.view(torch.uint8)
-    key_half, value_half = raw.view(1, 1, 2 * block_size, head_dim).chunk(2, dim=2)
+    key_half, value_half = cache.view(1, 1, 2 * block_size, head_dim).chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(
         keys,
         values,
@@ -103,9 +102,7 @@ def _check_layout(
         v_scale=1.0,
         kv_cache_dtype=kv_cache_dtype,
     )
-    reader = TreeCPUAttentionImpl.__new__(TreeCPUAttentionImpl)
-    reader.head_size = head_dim
-    read_keys, read_values = (x[0, 0].to(dtype) for x in reader.split_cache(cache))
+    read_keys, read_values = (x[0, 0].to(dtype) for x in reader.kv_views(cache))
     if not (torch.equal(read_keys, keys[:, 0]) and torch.equal(read_values, values[:, 0])):
         raise ValueError(
             f"method 'griffin' cannot read vLLM's CPU KV cache (isa {isa!r}, block {block_size}, "

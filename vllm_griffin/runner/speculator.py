@@ -69,11 +69,10 @@ class TreeSpeculator(DraftModelSpeculator):
         # Nodes of the trees that a step may be asked for
         self.sizes = spec.tree_sizes
         # By number of nodes: a tree of the config, or a smaller part of the largest.
-        growers = {t.nodes: TreeGrower(t.levels, t.width, device) for t in spec.trees}
-        whole = growers[self.num_nodes]
-        self.growers = growers | {
-            size: whole.of_size(size) for size in self.sizes if size not in growers
-        }
+        shapes = {shape.nodes: shape for shape in spec.trees}
+        whole = shapes[self.num_nodes]
+        shapes = {size: replace(whole, nodes=size) for size in self.sizes} | shapes
+        self.growers = {n: TreeGrower(s.levels, s.width, device) for n, s in shapes.items()}
         self.graphs: TreeGraphs | None = None
         self.extend_graphs: ExtendGraphs | None = None
         # Turned off where no tree pays at all; the draft's cache is then not kept up either.
@@ -401,8 +400,8 @@ class TreeSpeculator(DraftModelSpeculator):
         frontier = grower.begin(*self._children(start.predict, k))
         features = start.regress.unsqueeze(1).expand(-1, k, -1)
         scratch = self._scratch(batch, grower)
-        # A tree of few nodes is at most that deep, and its last level is not expanded.
-        expanded = min(grower.levels, size) - 1
+        # The last level is not expanded.
+        expanded = grower.levels - 1
         positions = level_positions(start.prefix_lens, k, expanded, self.max_model_len)
         for i in range(expanded):
             predict, regress = self.model(

@@ -38,20 +38,11 @@ class TreeGrower:
     def __init__(self, levels: int, top_k: int, device: torch.device) -> None:
         self.levels = levels
         self.top_k = top_k
-        self.device = device
         # The last level is not expanded, so its nodes need no place in the scratch buffer.
         self.scratch_size = max(levels - 1, 1) * top_k
         self.words = num_words(self.scratch_size)
         depths = [1] * top_k + [d for d in range(2, levels + 1) for _ in range(top_k * top_k)]
         self.pool_depths = torch.tensor(depths, dtype=torch.int32, device=device)
-
-    def of_size(self, num_nodes: int) -> "TreeGrower":
-        """Grows the same trees where so many nodes are asked for, from no more than they can come from.
-
-        A node of the best n has its ancestors among them, fewer than n better ones on its level, and fewer
-        than n better siblings.
-        """
-        return TreeGrower(min(self.levels, num_nodes), min(self.top_k, num_nodes), self.device)
 
     def begin(self, child_logprobs: torch.Tensor, child_tokens: torch.Tensor) -> Frontier:
         """Level 1 from the root's best tokens; both arguments are [B, K]."""
