@@ -2,10 +2,12 @@
 
     python benchmarks/counts.py --output docs/results/counts.json
 
-Runs on a CPU with Triton's interpreter (VLLM_GRIFFIN_CPU=1, VLLM_GRIFFIN_KERNELS=triton are set here), on
-the code that a GPU runs: a torch op that computes or copies is one launch, a Triton kernel is one. Bytes are
-those of the tensors that go in and come out, the KV cache apart. Waits are those that this package's own
-code asks for, not vLLM's, nor those of the stand-ins for its kernels on a CPU. Counts, not times.
+Before and after fusing: first with every op as its reference in torch, then with Triton kernels; a step of
+vLLM without speculation beside them. All runs on a CPU with Triton's interpreter (VLLM_GRIFFIN_CPU=1 and
+VLLM_GRIFFIN_KERNELS are set here), after fusing on the code that a GPU runs: a torch op that computes or
+copies is one launch, a Triton kernel is one. Bytes are those of the tensors that go in and come out, the KV
+cache apart. Waits are those that this package's own code asks for, not vLLM's, nor those of the stand-ins for
+its kernels on a CPU. Counts, not times, and before CUDA graphs, which make one launch of those they hold.
 """
 
 import json
@@ -24,6 +26,10 @@ from common import write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "examples" / "models"
+
+
+# A table's columns, each before and after: what is counted, its unit and decimals
+COLUMNS = {"launches": ("launches", 1, 1), "MB": ("bytes", 1e6, 2), "waits": ("waits", 1, 1)}
 
 
 @dataclass
@@ -196,24 +202,25 @@ def table(counter: Counter) -> list[dict[str, Any]]:
     return rows
 
 
-@click.command()
-@click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--target", default=MODELS / "target", type=click.Path(exists=True, path_type=Path))
-@click.option("--draft", default=MODELS / "griffin", type=click.Path(exists=True, path_type=Path))
-@click.option("--tree", default="59,6,10", show_default=True, help="nodes,depth,top_k")
-@click.option("--requests", default=2, show_default=True)
-@click.option("--steps", default=6, show_default=True)
-def main(output: Path, target: Path, draft: Path, tree: str, requests: int, steps: int) -> None:
-    """Count a decode step's launches, bytes and waits, by part."""
-    os.environ |= {"VLLM_GRIFFIN_CPU": "1", "VLLM_GRIFFIN_KERNELS": "triton"}
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+def cells(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
+    """Each count of two rows, in a table's columns."""
+    return [
+        f"{row[key] / unit:.{decimals}f}" if row else "-"
+        for key, unit, decimals in COLUMNS.values()
+        for row in (before, after)
+    ]
+
+
+def count(kernels: str, target: Path, requests: int, steps: int, **options: Any) -> Counter:
+    """Of `steps` decode steps of an engine of its own, in this process.
+
+    Args:
+        kernels: Value of VLLM_GRIFFIN_KERNELS.
+        options: Further arguments of the engine.
+    """
+    os.environ["VLLM_GRIFFIN_KERNELS"] = kernels
     from vllm import LLM, SamplingParams
 
-    from vllm_griffin import provenance
-    from vllm_griffin.tree_shape import TreeShape
-    from vllm_griffin.whole_file import write_json
-
-    made = provenance.describe()
     llm = LLM(
         str(target),
         dtype="float32",
@@ -221,7 +228,7 @@ def main(output: Path, target: Path, draft: Path, tree: str, requests: int, step
         skip_tokenizer_init=True,
         max_model_len=512,
         max_num_seqs=requests,
-        speculative_config=TreeShape.parse(tree).speculative_config(str(draft)),
+        **options,
     )
     params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True, detokenize=False)
     engine = llm.llm_engine
@@ -237,15 +244,39 @@ def main(output: Path, target: Path, draft: Path, tree: str, requests: int, step
         for _ in range(steps):
             engine.step()
     counter.steps = steps
-    rows = table(counter)
-    setting = {"tree": tree, "requests": requests, "steps": steps, "target": target.name}
-    record = {"provenance": made, "setting": setting, "rows": rows}
-    write_json(output, record | {"waits": dict(counter.places)})
-    lines = [
-        [r["part"], f"{r['launches']:.1f}", f"{r['bytes'] / 1e6:.2f}", f"{r['waits']:.1f}"]
-        for r in rows
+    core.shutdown()
+    return counter
+
+
+@click.command()
+@click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--target", default=MODELS / "target", type=click.Path(exists=True, path_type=Path))
+@click.option("--draft", default=MODELS / "griffin", type=click.Path(exists=True, path_type=Path))
+@click.option("--tree", default="59,6,10", show_default=True, help="nodes,depth,top_k")
+@click.option("--requests", default=2, show_default=True)
+@click.option("--steps", default=6, show_default=True)
+def main(output: Path, target: Path, draft: Path, tree: str, requests: int, steps: int) -> None:
+    """Count a decode step's launches, bytes and waits, by part."""
+    os.environ |= {"VLLM_GRIFFIN_CPU": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    from vllm_griffin import provenance
+    from vllm_griffin.tree_shape import TreeShape
+    from vllm_griffin.whole_file import write_json
+
+    made = provenance.describe()
+    config = TreeShape.parse(tree).speculative_config(str(draft))
+    counters = [
+        count(kernels, target, requests, steps, speculative_config=config)
+        for kernels in ("torch", "triton")
     ]
-    head = ("part, per step", "launches", "MB", "waits")
+    before, rows = map(table, counters)
+    plain = table(count("triton", target, requests, steps))[-1]
+    setting = {"tree": tree, "requests": requests, "steps": steps, "target": target.name}
+    record = {"provenance": made, "setting": setting, "rows": rows, "before": before}
+    write_json(output, record | {"plain": plain, "waits": dict(counters[1].places)})
+    old = {row["part"]: row for row in before}
+    lines = [[row["part"], *cells(old[row["part"]], row)] for row in rows]
+    lines.append(["vLLM without speculation, all", *cells(None, plain)])
+    head = ("part, per step", *(f"{x}{y}" for x in COLUMNS for y in (" before", "")))
     write_table(output, made, head, lines, [json.dumps(setting)], times=False)
 
 
