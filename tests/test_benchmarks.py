@@ -119,6 +119,23 @@ def test_decode_rates_of_a_shape(tmp_path: Path) -> None:
     assert (tmp_path / "shape.png").stat().st_size > 5000
 
 
+def test_what_a_draft_has_to_read(tmp_path: Path) -> None:
+    """Of Llama-3-8B: 7.50B numbers a step, and 12.5 h^2 of fusion."""
+    record = benchmark(tmp_path / "cost.json", "draft_cost.py", "llama-3-8b", "--verify", "1")
+    h, inner, keys = 4096, 14336, 1024
+    layer = 2 * h * h + 2 * h * keys + 3 * h * inner
+    read = record["weights"]
+    assert read["plain"] == 32 * (layer + 2 * h) + h + 128256 * h
+    # The token-enhanced head doubles the last projection.
+    assert read["layer"] == layer + h * inner + h
+    assert read["fusion"] == pytest.approx(12.5 * h * h, rel=1e-3)
+    for row in record["rows"]:
+        network = read["fusion"] + read["layer"] + row["draft_vocabulary"] * h
+        assert row["cost"] == pytest.approx(6 * network / read["plain"])
+        assert row["speedup"] == pytest.approx(5.38 / (1 + row["cost"]))
+    assert [row["draft_vocabulary"] for row in record["rows"]] == [0, 8192, 128256]
+
+
 def test_sizes_that_are_captured(monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from step import capture_sizes
