@@ -64,6 +64,10 @@ PANELS = (
         (
             # Weighted and with all its terms while training, so on an axis of its own.
             ("head loss, as trained", ("token*",)),
+            ("of it, cross-entropy", ("cross_entropy*",)),
+            ("of it, top-10 term", ("top_ten*",)),
+            ("of it, TVD", ("tvd*",)),
+            ("of it, TVD++", ("tvd_plus*",)),
             ("soft cross-entropy", ("val_token*",)),
             ("feature loss (smooth L1)", ("feature*", "val_feature*")),
         ),

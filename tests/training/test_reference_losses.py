@@ -17,6 +17,7 @@ OBJECTIVES = [
     {"token": 0.3, "top": 0.2, "tvd": 0.7, "tvd_plus": 1.5, "tvd_plus_set": "draft"},
     {"token": 0.3, "top": 0.2, "tvd": 0.7, "tvd_plus": 1.5, "tvd_plus_set": "vocabulary"},
 ]
+TERMS = ("token", "top", "tvd", "tvd_plus")
 # 512 slots are computed at one time: 513 has an edge. Below 10 tokens the top ten is everything.
 SHAPES = [(0, 14), (1, 2), (1, 14), (4, 7), (9, 10), (9, 11), (6, 40)]
 
@@ -38,6 +39,9 @@ def _compare(slots: int, vocab: int, fields: dict) -> None:
     terms = head_terms(ours, wanted, head, labels, Objective(**fields))
     theirs = predict.clone().double().requires_grad_()
     expected = slow.head_losses(theirs, wanted, head, fields, averaged)
+    for field, part in zip(filter(fields.get, TERMS), terms.parts.T, strict=True):
+        alone = slow.head_losses(predict, wanted, head, {field: fields[field]}, averaged)
+        torch.testing.assert_close(part.double(), alone, atol=3e-5, rtol=3e-5)
 
     assert terms.loss.shape == terms.rank.shape == terms.agree.shape == (slots,)
     torch.testing.assert_close(terms.loss.double(), expected, atol=3e-5, rtol=3e-5)

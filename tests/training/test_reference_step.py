@@ -28,6 +28,9 @@ STEPS: dict[str, dict[str, Any]] = {
     "tvd": {"passes": 2, "tvd": 0.7, "tvd_plus": 0.4, "tvd_plus_set": "vocabulary"},
 }
 
+# As the log has the terms of the loss through the LM head
+NAMES = {"token": "cross_entropy", "top": "top_ten", "tvd": "tvd", "tvd_plus": "tvd_plus"}
+
 
 class States:
     """Documents whose tokens come from few, so that some of them are hit."""
@@ -117,6 +120,12 @@ def _reference(
             f"agree{n}": sum(agree) / (len(rows) + 1e-5),
             f"mask{n}": len(rows) / slots,
         }
+        several = {NAMES[key]: {key: weight} for key, weight in weights.items() if weight}
+        for term, alone in several.items() if len(several) > 1 else ():
+            part = slow.head_losses(
+                predict[rows], batch.wanted[rows], vocabulary.head, alone, s.tvd_plus_set
+            )
+            shown[f"{term}{n}"] = part.sum().item() / (len(rows) + 1e-5)
         total = total + (head.sum() + s.feature_weight * feature.sum()) / (len(rows) + 1e-5)
         rank = slow.ranks(predict, vocabulary.head, labels)
         for hit, (a, b) in zip(hits, itertools.pairwise(batch.starts), strict=True):

@@ -73,6 +73,20 @@ def test_every_pass_has_a_curve_and_its_colour() -> None:
     assert _curves(run, ("lr", "nothing")) == [("lr", 0)]
 
 
+def test_terms_of_the_head_loss_have_curves_of_their_own(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    terms = {"cross_entropy0": 1.0, "top_ten0": 0.5, "tvd0": 0.25, "tvd_plus0": 0.125}
+    rows = [[row(1, 1), row(2, 1)], [row(1, 1) | terms, row(2, 1) | terms]]
+    for name, logged in zip(("without", "with"), rows, strict=True):
+        write_report([write_run(tmp_path / name, logged)], tmp_path / f"{name}-out")
+    heights = [imread(tmp_path / f"{x}-out" / "loss.png").shape[0] for x in ("without", "with")]
+    assert heights[1] - heights[0] == pytest.approx(4 * 320, abs=5)
+    run = Run("r", {}, rows[1])
+    assert _curves(run, ("tvd*",)) == [("tvd0", 0)]
+    assert _curves(run, ("tvd_plus*",)) == [("tvd_plus0", 0)]
+
+
 def test_what_was_not_logged_is_not_drawn(tmp_path: Path) -> None:
     rows = [{"step": 1, "token0": 2.0}, {"step": 2, "token0": 1.0}]
     page = write_report([write_run(tmp_path / "run", rows)], tmp_path / "out")

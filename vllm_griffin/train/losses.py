@@ -22,12 +22,13 @@ class HeadTerms:
 
     `loss` [T] carries gradient; `rank` [T] is how many draft logits lie above that of the true token (V
     where that token is outside the vocabulary: never a hit); `agree` [T] is 1 where draft and target have
-    the same best token.
+    the same best token; `parts` [T, n] is what each of `Objective.terms` adds to the loss.
     """
 
     loss: Tensor
     rank: Tensor
     agree: Tensor
+    parts: Tensor
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -47,8 +48,8 @@ class _HeadLoss(torch.autograd.Function):
         head: Tensor,
         labels: Tensor,
         objective: Objective,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        loss = predict.new_empty(len(predict), dtype=torch.float32)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        parts = predict.new_empty(len(predict), len(objective.terms), dtype=torch.float32)
         rank = torch.empty_like(labels)
         agree = torch.empty_like(labels, dtype=torch.bool)
         grad = torch.empty_like(predict)
@@ -59,39 +60,46 @@ class _HeadLoss(torch.autograd.Function):
             agree[part] = z.argmax(-1) == p.argmax(-1)
             rank[part] = _rank_of(z, labels[part])
             z -= z.logsumexp(-1, keepdim=True)
-            loss[part], slope = _compare(p, z, objective)
+            parts[part], slope = _compare(p, z, objective)
             grad[part] = (slope.to(head.dtype) @ head).to(grad.dtype)
         ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(rank, agree)
-        return loss, rank, agree
+        ctx.mark_non_differentiable(rank, agree, parts)
+        return parts.sum(-1), rank, agree, parts
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, loss_grad: Tensor, _rank: None, _agree: None
+        ctx: Any, loss_grad: Tensor, _rank: None, _agree: None, _parts: None
     ) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * loss_grad[:, None].to(grad.dtype), None, None, None, None
 
 
 def _compare(p: Tensor, log_q: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Loss [T] and its gradient for the logits [T, V]; `p` and `log_q` [T, V] are overwritten."""
+    """The loss's terms [T, n] and its gradient for the logits [T, V]; `log_q` [T, V] is overwritten."""
     o = objective
-    sampled = o.tvd or o.tvd_plus
-    q = log_q.exp() if sampled else None
+    q = log_q.exp() if o.tvd or o.tvd_plus else None
+    terms = p.new_empty(len(p), len(o.terms))
+    parts = dict(zip(o.terms, terms.unbind(-1), strict=True))
     weights = o.token * p
+    if o.token:
+        parts["cross_entropy"][:] = -(weights * log_q).sum(-1)
     if o.top:
         best = p.topk(min(10, p.shape[-1]), dim=-1)
-        weights.scatter_add_(1, best.indices, o.top * best.values)
-    if o.tvd_plus:
-        assert q is not None
-        weights += o.tvd_plus * _advantage_weights(p, q, o.tvd_plus_set)
-    loss = -(weights * log_q).sum(-1)
+        values = o.top * best.values
+        parts["top_ten"][:] = -(values * log_q.gather(1, best.indices)).sum(-1)
+        weights.scatter_add_(1, best.indices, values)
     if o.tvd:
         assert q is not None
-        loss += o.tvd * (1 - torch.minimum(p, q).sum(-1))
+        parts["tvd"][:] = o.tvd * (1 - torch.minimum(p, q).sum(-1))
         weights += o.tvd * q * (q <= p)
+    if o.tvd_plus:
+        assert q is not None
+        advantages = o.tvd_plus * _advantage_weights(p, q, o.tvd_plus_set)
+        parts["tvd_plus"][:] = -(advantages * log_q).sum(-1)
+        weights += advantages
     q = log_q.exp_() if q is None else q
-    return loss, q.mul_(weights.sum(-1, keepdim=True)).sub_(weights)
+    slope = q.mul_(weights.sum(-1, keepdim=True)).sub_(weights)
+    return terms, slope
 
 
 def _advantage_weights(p: Tensor, q: Tensor, averaged: AveragingSet) -> Tensor:

@@ -37,6 +37,17 @@ class Objective:
                 f"TVD++ set {self.tvd_plus_set!r} is not one of {', '.join(get_args(AveragingSet))}"
             )
 
+    @property
+    def terms(self) -> dict[str, float]:
+        """Names and weights of the terms that have a weight."""
+        weights = {
+            "cross_entropy": self.token,
+            "top_ten": self.top,
+            "tvd": self.tvd,
+            "tvd_plus": self.tvd_plus,
+        }
+        return {name: weight for name, weight in weights.items() if weight}
+
 
 @dataclass
 class Settings:

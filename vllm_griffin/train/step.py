@@ -35,10 +35,12 @@ class DraftLoss(nn.Module):
 
         Returns:
             The loss, and for each pass n what to show of it: ``token<n>`` and ``feature<n>``, the two parts
-            of the loss; ``agree<n>``, the share of slots where draft and target have the same best token;
-            ``mask<n>``, the share of pass 0's slots that pass n trains on.
+            of the loss; where the first has several terms, each under its name in `Objective.terms`, so that
+            they add up to it; ``agree<n>``, the share of slots where draft and target have the same best
+            token; ``mask<n>``, the share of pass 0's slots that pass n trains on.
         """
         s = self.settings
+        objective = s.objective(passes)
         labels = self.vocabulary.rows(batch.labels)
         alignment = Alignment(batch, s.mask, s.align_top_k)
         slots = alignment.mask.sum()
@@ -59,13 +61,14 @@ class DraftLoss(nn.Module):
             trained = alignment.mask[rows].float()
             count = trained.sum() + 1e-5
             wanted = batch.wanted[rows]
-            head = head_terms(
-                predict[rows], wanted, self.vocabulary.head, labels[rows], s.objective(passes)
-            )
+            head = head_terms(predict[rows], wanted, self.vocabulary.head, labels[rows], objective)
             token = (head.loss * trained).sum() / count
             feature = (feature_loss(regress[rows], wanted) * trained).sum() / count
             total = total + token + s.feature_weight * feature
             terms[f"token{n}"], terms[f"feature{n}"] = token.detach(), feature.detach()
+            if len(objective.terms) > 1:
+                parts = (head.parts * trained[:, None]).sum(0) / count
+                terms |= {f"{name}{n}": x for name, x in zip(objective.terms, parts, strict=True)}
             terms[f"agree{n}"] = (head.agree * trained).sum() / count
             terms[f"mask{n}"] = trained.sum() / slots.clamp_min(1)
             rank = torch.full_like(batch.labels, len(self.vocabulary.head))
