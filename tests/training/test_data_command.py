@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from tests.training.data_target import MARKED, chat_target
 from vllm_griffin.cli import main
@@ -108,6 +109,27 @@ def test_same_settings_go_on_and_others_are_refused(
     assert "another --limit, --seed:" in fail(*common, "--seed", 1, "--limit", 3)
     chats.write_text(chats.read_text() + json.dumps({"text": "abc"}) + "\n")
     assert "another --input:" in fail(*common)
+
+
+def test_data_of_other_weights_are_told(target: Path, chats: Path, tmp_path: Path) -> None:
+    """By `data`, which goes on with them, and by `train`; a folder with the same weights is the same."""
+    mine, copy = (shutil.copytree(target, tmp_path / name) for name in ("mine", "copy"))
+    made = ("--input", chats, "--output", tmp_path / "data")
+    succeed("--target", mine, *made)
+
+    def notes(target: Path, draft: str) -> bool:
+        output = ["--output", str(tmp_path / draft), "--stages", "1:2"]
+        train = ["train", "--data", str(tmp_path / "data"), "--target", str(target), *output]
+        result = CliRunner().invoke(main, train)
+        assert result.exit_code == 0, result.output
+        return "was made for the target" in result.output
+
+    assert not notes(mine, "a") and not notes(copy, "b")
+    file = mine / "model.safetensors"
+    weights = {name: tensor * 1.5 for name, tensor in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    assert "data made with another --target:" in fail("--target", mine, *made)
+    assert notes(mine, "c")
 
 
 def test_errors_of_the_system_and_of_packages_are_said_in_words(

@@ -15,6 +15,7 @@ from tests.engine.harness import GOLDEN, MODELS
 from vllm_griffin.cli import main
 from vllm_griffin.data.chat import load_tokenizer
 from vllm_griffin.evaluate import engine, run
+from vllm_griffin.evaluate.kept import KeptSteps
 from vllm_griffin.evaluate.outputs import read_outputs
 from vllm_griffin.model.config import tree_acceptance
 from vllm_griffin.trace import TraceRecord
@@ -216,6 +217,45 @@ ROW = {
 }
 
 
+def test_a_killed_evaluation_goes_on(prompts, tmp_path, monkeypatch):
+    """With the answers it had; what another evaluation had kept there is no answer of this one."""
+    arguments = ("--tree", "7,3,3", "--batch", 1, "--output")
+    whole = tmp_path / "whole"
+    assert usual(prompts, *arguments, whole).exit_code == 0
+
+    append, asked = KeptSteps.append, []
+
+    def append_and_die(*given):
+        append(*given)
+        raise KeyboardInterrupt
+
+    def evaluate(settings, draft, tree, wanted, *more):
+        asked.append(len(wanted))
+        return engine.evaluate_in_engine(settings, draft, tree, wanted, *more)
+
+    monkeypatch.setattr(run, "evaluate_in_engine", evaluate)
+    folder = tmp_path / "killed"
+    for more in ((), ("--max-tokens", 9)):
+        monkeypatch.setattr(KeptSteps, "append", append_and_die)
+        assert usual(prompts, *arguments, folder, *more).exit_code != 0
+    with (folder / "steps.jsonl").open("a") as half:
+        half.write('{"run": "')
+    monkeypatch.setattr(KeptSteps, "append", append)
+    assert usual(prompts, *arguments, folder).exit_code == 0
+    # Three prompts at two temperatures, in parts of four.
+    assert asked == [6, 6, 2]
+    results = [json.loads((d / "evaluation.json").read_text()) for d in (whole, folder)]
+    assert results[0]["rows"] == results[1]["rows"]
+    assert not (folder / "steps.jsonl").exists()
+
+
+def test_what_is_no_kept_step_is_named(prompts, tmp_path):
+    (tmp_path / "steps.jsonl").write_text('{"run": 1}\n')
+    result = usual(prompts, "--tree", "7,3,3", "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "steps.jsonl, line 1: not what an evaluation keeps" in " ".join(result.output.split())
+
+
 def test_a_folder_that_takes_no_result_is_refused_before_it_is_made(prompts, monkeypatch):
     monkeypatch.setattr(run, "Evaluation", None)
     result = usual(prompts, "--output", "/proc/nowhere/result")
@@ -234,7 +274,7 @@ def test_a_disk_that_fills_up_costs_no_result(prompts, tmp_path, monkeypatch, wh
     def full(*_arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run.Evaluation, "in_engine", lambda _: [ROW])
+    monkeypatch.setattr(run.Evaluation, "in_engine", lambda *_: [ROW])
     monkeypatch.setattr(where, full)
     result = usual(prompts, "--output", tmp_path)
     assert result.exit_code == 1

@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import distributed
 
 from vllm_griffin.cli import main
@@ -459,6 +460,24 @@ def test_weights_to_start_from_by_their_name_on_the_hub(
     shown = run_command(*base, "--init-from", "someone/draft", "--stages", "1:1", "--dry-run")
     assert "57 to train on" in shown
     assert "a/b/c: no such folder" in run_command(*base, "--init-from", "a/b/c")
+
+
+def test_a_loaded_draft_keeps_its_embedding(
+    small_target: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """Its own, where it has one; a copy of the target's is left out, as serving takes the target's."""
+    parts = load_target_parts(small_target)
+    base = ["train", "--target", small_target, "--data", small_data, "--dtype", "float32"]
+    for name, factor in (("own", 1.5), ("copy", 1.0)):
+        draft = new_draft(parts)
+        draft.embed_tokens.weight.mul_(factor)
+        save_draft(draft, tmp_path / name, parts.config, torch.float32, own_embedding=True)
+        more = tmp_path / f"{name}-more"
+        run_command(*base, "--init-from", tmp_path / name, "--output", more, "--stages", "1:1")
+        written = load_file(more / "model.safetensors")
+        assert ("embed_tokens.weight" in written) == (name == "own")
+        found = load_draft(more, parts.embeddings).embed_tokens.weight
+        assert torch.equal(found, parts.embeddings * factor)
 
 
 def test_a_loaded_draft_keeps_its_layout(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vllm_griffin.evaluate.states import fingerprint
+from vllm_griffin.model.files import fingerprint
 from vllm_griffin.train.setup import load_target_parts
 
 SIZES = {

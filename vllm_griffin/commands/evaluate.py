@@ -75,7 +75,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for evaluation.json and evaluation.png.",
+    help="Folder for evaluation.json and evaluation.png; an evaluation that was stopped goes on there.",
 )
 @click.option(
     "--dtype",
@@ -154,8 +154,11 @@ def command(
         if write_trees:
             _check_sizes(request.trees)
         evaluation = Evaluation(request)
+        kept = output and output / "steps.jsonl"
         rows, checks = (
-            evaluation.by_replay(replay, check_engine) if replay else (evaluation.in_engine(), [])
+            evaluation.by_replay(replay, check_engine)
+            if replay
+            else (evaluation.in_engine(kept), [])
         )
     except torch.OutOfMemoryError as error:
         raise click.ClickException(
@@ -166,6 +169,8 @@ def command(
     _show(rows, checks)
     if output is not None:
         file = _write(evaluation, replay, rows, checks, output)
+        # Asked again, an engine measures again.
+        (output / "steps.jsonl").unlink(missing_ok=True)
     # After the result, which says whether the checkout had been changed before.
     if write_trees:
         from vllm_griffin.evaluate.trees import pooled_lengths

@@ -299,13 +299,21 @@ def _data_record(folder: Path, target: str) -> dict[str, Any]:
     """
     import json
 
+    from vllm_griffin.model.checkpoint import find_folder
+    from vllm_griffin.model.files import fingerprint
+
     path = folder / "data.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no data.json: make it with vllm-griffin data")
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if not record.get("finished"):
         raise ValueError(f"{folder} is not finished: run its vllm-griffin data again, it goes on")
-    made_for = record["settings"].get("target")
-    if made_for is None or Path(made_for) != Path(target):
-        click.echo(f"note: {folder} was made for the target {made_for}, not {target}", err=True)
+    made_for, weights = record["settings"].get("target"), record.get("target_weights")
+    if weights is None:
+        other = made_for is None or Path(made_for) != Path(target)
+    else:
+        other = weights != fingerprint(find_folder(target))
+    if other:
+        known = "" if weights is None else ", whose weights were others"
+        click.echo(f"note: {folder} was made for the target {made_for}{known}", err=True)
     return record | {"folder": str(folder)}

@@ -22,7 +22,8 @@ from vllm_griffin.data.engine import engine, prepare_environment
 from vllm_griffin.data.respond import Engine, Sampling, draw_prompts, respond
 from vllm_griffin.data.settings import Settings, claim
 from vllm_griffin.data.sources import Chat, Problems, Record, read_records
-from vllm_griffin.model.checkpoint import CheckpointError
+from vllm_griffin.model.checkpoint import CheckpointError, find_folder
+from vllm_griffin.model.files import fingerprint
 from vllm_griffin.train.setup import check_target
 from vllm_griffin.whole_file import write_json
 
@@ -94,10 +95,12 @@ def make(s: Settings) -> None:
 
         torch.set_num_threads(s.threads)
     sizes = target_sizes(s.target)
+    weights = None
     if s.generate or s.draw or s.hidden_states != "online":
         # Training would refuse it, too, but after hours. Only here are the weights needed anyway.
         try:
             check_target(str(s.target))
+            weights = fingerprint(find_folder(str(s.target)))
         except (CheckpointError, OSError, KeyError, ValueError) as error:
             raise click.ClickException(reason(error)) from error
     s = replace(s, max_length=_max_length(s, sizes.context))
@@ -105,7 +108,7 @@ def make(s: Settings) -> None:
         _estimate(s, sizes)
         return
     with hidden.full_disk_explained(s.output):
-        record = claim(s)
+        record = claim(s, weights)
         write_json(s.output / "data.json", record)
         made = _documents(s, sizes, s.output)
         documents = made.documents

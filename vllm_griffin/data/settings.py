@@ -63,8 +63,11 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def claim(s: Settings) -> dict[str, Any]:
+def claim(s: Settings, weights: str | None = None) -> dict[str, Any]:
     """The record for ``data.json`` of a run in `s.output`, which is made if it is not there.
+
+    Args:
+        weights: The target's `fingerprint`, where the data come from its weights.
 
     Raises:
         click.ClickException: The folder holds something else, or data made with other settings.
@@ -75,8 +78,12 @@ def claim(s: Settings) -> dict[str, Any]:
     ours = {path, scratch_of(path)}
     others = any(found not in ours for found in s.output.iterdir())
     if path.exists() and others:
-        before = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+        record = json.loads(path.read_text(encoding="utf-8"))
+        before = record.get("settings", {})
         changed = [name for name in settings if before.get(name) != settings[name]]
+        # Data of earlier versions do not say which weights they are of.
+        if "target" not in changed and record.get("target_weights", weights) != weights:
+            changed.append("target")
         if changed:
             options = ", ".join("--" + name.replace("_", "-") for name in changed)
             raise click.ClickException(
@@ -85,4 +92,5 @@ def claim(s: Settings) -> dict[str, Any]:
             )
     elif others:
         raise click.ClickException(f"{s.output} is not empty and holds no training data")
-    return {**provenance.describe(s.seed), "settings": settings, "finished": False}
+    made = provenance.describe(s.seed)
+    return made | {"settings": settings, "target_weights": weights, "finished": False}

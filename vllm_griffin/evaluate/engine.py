@@ -184,9 +184,7 @@ def generate(
     """
     max_model_len = _longest(settings, [p.tokens for p, _ in wanted], TAIL + 1)
     with _engine(settings, max_model_len, None, None) as llm:
-        size = 4 * settings.batch
-        for first in range(0, len(wanted), size):
-            part = wanted[first : first + size]
+        for part in _parts(settings, wanted):
             asked = {
                 str(i): (prompt.tokens, _params(temperature, prompt.id, settings.max_tokens))
                 for i, (prompt, temperature) in enumerate(part)
@@ -216,35 +214,51 @@ def evaluate_in_engine(
     shape: TreeShape,
     wanted: Sequence[tuple[Prompt, float]],
     finished: Callable[[str], None] = lambda _: None,
+    store: Callable[[Sequence[Prompt], list[PromptSteps]], None] = lambda *_: None,
 ) -> EngineRun:
-    """Answer prompts at temperatures with a draft, and read the verify steps off the trace.
+    """Answer prompts at temperatures with a draft part by part, and read the verify steps off the trace.
 
     Raises:
         EngineError: vLLM's counters differ from the trace, or requests were preempted; or as `_engine`.
     """
     # The last step may reach past the answer: leave it room for a whole tree.
     max_model_len = _longest(settings, [p.tokens for p, _ in wanted], shape.nodes + 2)
+    result = EngineRun([], [])
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "trace.jsonl"
         before = os.environ.get(TRACE)
         os.environ[TRACE] = str(file)
         try:
             with _engine(settings, max_model_len, shape, draft) as llm:
-                asked = {
-                    str(i): (prompt.tokens, _params(temperature, prompt.id, settings.max_tokens))
-                    for i, (prompt, temperature) in enumerate(wanted)
-                }
-                answers = _run(llm, asked, finished)
-                counters = _counters(llm)
+                traced = 0
+                for part in _parts(settings, wanted):
+                    asked = {
+                        str(i): (p.tokens, _params(temperature, p.id, settings.max_tokens))
+                        for i, (p, temperature) in enumerate(part)
+                    }
+                    outputs = _outputs(part, _run(llm, asked, finished), settings.max_tokens)
+                    records = read_trace(file)
+                    check_counters(_counters(llm), records)
+                    steps = steps_of_trace(records[traced:], outputs)
+                    traced = len(records)
+                    store([prompt for prompt, _ in part], steps)
+                    result.outputs += outputs.values()
+                    result.prompts += steps
         finally:
             if before is None:
                 del os.environ[TRACE]
             else:
                 os.environ[TRACE] = before
-        records = read_trace(file)
-    check_counters(counters, records)
-    outputs = _outputs(wanted, answers, settings.max_tokens)
-    return EngineRun(list(outputs.values()), steps_of_trace(records, outputs))
+    return result
+
+
+def _parts(
+    settings: EngineSettings, wanted: Sequence[tuple[Prompt, float]]
+) -> Iterator[Sequence[tuple[Prompt, float]]]:
+    """What is stored at one time: some batches, so that few requests wait for a part's last."""
+    size = 4 * settings.batch
+    for first in range(0, len(wanted), size):
+        yield wanted[first : first + size]
 
 
 def _counters(llm: "LLM") -> dict[str, Any]:

@@ -61,7 +61,10 @@ def _parse(line: str) -> Output:
     return output
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of a JSONL file's lines; none if there is no such file."""
+    if not path.exists():
+        return
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             # A run that was killed may leave half a line at the end; it is made again.
@@ -76,7 +79,7 @@ def read_outputs(path: Path) -> list[Output]:
         ValueError: A line is malformed; it is named by its number.
     """
     outputs = []
-    for number, line in _lines(path) if path.exists() else ():
+    for number, line in whole_lines(path):
         try:
             outputs.append(_parse(line))
         except (ValueError, TypeError) as error:
@@ -85,12 +88,17 @@ def read_outputs(path: Path) -> list[Output]:
 
 
 def append_outputs(path: Path, outputs: Iterable[Output]) -> None:
-    """Append outputs, a line each; half a line at the file's end is dropped first."""
+    """Append outputs, a line each."""
+    append_lines(path, (json.dumps(asdict(output)) for output in outputs))
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append to a JSONL file; half a line at its end is dropped first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         whole = path.read_bytes()
         if not whole.endswith(b"\n"):
             with whole_file(path) as scratch:
                 scratch.write_bytes(whole[: whole.rfind(b"\n") + 1])
-    with open(path, "a", encoding="utf-8") as lines:
-        lines.write("".join(json.dumps(asdict(output)) + "\n" for output in outputs))
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(line + "\n" for line in lines))

@@ -10,16 +10,19 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from vllm_griffin import provenance
 from vllm_griffin.data.chat import load_tokenizer
 from vllm_griffin.evaluate import metrics
 from vllm_griffin.evaluate.engine import EngineSettings, evaluate_in_engine, generate
+from vllm_griffin.evaluate.kept import KeptSteps
 from vllm_griffin.evaluate.outputs import TAIL, Output, append_outputs, read_outputs
 from vllm_griffin.evaluate.prompts import Prompt, load_prompts
 from vllm_griffin.evaluate.replay import replay_outputs
-from vllm_griffin.evaluate.states import OutputStates, fingerprint
+from vllm_griffin.evaluate.states import OutputStates
 from vllm_griffin.evaluate.steps import PromptSteps, compare
 from vllm_griffin.model.checkpoint import DraftCheckpoint, find_folder
 from vllm_griffin.model.config import read_json, read_sizes
+from vllm_griffin.model.files import fingerprint
 from vllm_griffin.train.checkpoint import load_draft
 from vllm_griffin.train.network import Draft
 from vllm_griffin.train.setup import TargetParts, load_target_parts
@@ -115,14 +118,39 @@ class Evaluation:
                 chosen.append(prompt)
         return [(prompt, t) for t in self.request.temperatures for prompt in chosen]
 
-    def in_engine(self) -> list[dict[str, Any]]:
-        """Rows of results, each draft and tree in an engine of its own."""
+    def in_engine(self, file: Path | None = None) -> list[dict[str, Any]]:
+        """Rows of results, each draft and tree in an engine of its own.
+
+        Args:
+            file: Where steps are kept as they are found; those of the same evaluation are not made again.
+        """
         found: dict[tuple[str, TreeShape], list[PromptSteps]] = {}
+        wanted = self.wanted()
         for draft, tree in self._pairs():
-            with _bar(f"engine {Path(draft).name} {tree}", len(self.wanted())) as done:
-                run = evaluate_in_engine(self.settings, draft, tree, self.wanted(), done)
-            found[draft, tree] = run.prompts
+            kept = KeptSteps(file, self._run(draft, tree)) if file else None
+            steps = kept.read(wanted) if kept else {}
+            missing = [(p, t) for p, t in wanted if (p.set, p.id, t) not in steps]
+            store = kept.append if kept else lambda *_: None
+            if missing:
+                text = f"engine {Path(draft).name} {tree}"
+                with _bar(text, len(wanted), len(steps)) as done:
+                    run = evaluate_in_engine(self.settings, draft, tree, missing, done, store)
+                steps |= {prompt.key: prompt for prompt in run.prompts}
+            found[draft, tree] = [steps[p.set, p.id, t] for p, t in wanted]
         return self._rows(found)
+
+    def _run(self, draft: str, tree: TreeShape) -> dict[str, Any]:
+        """What decides a prompt's verify steps in the engine, as JSON has it."""
+        made = provenance.describe()
+        return {
+            "target": fingerprint(self.target_folder),
+            "draft": fingerprint(find_folder(draft)),
+            "vocabulary": self.vocabularies[draft],
+            "tree": str(tree),
+            "settings": asdict(self.settings),
+            "commit": made["commit"],
+            "versions": made["versions"],
+        }
 
     def by_replay(
         self, file: Path, check: int = 0
@@ -279,9 +307,9 @@ def _match(
 
 
 @contextmanager
-def _bar(text: str, total: int) -> Iterator[Callable[..., None]]:
+def _bar(text: str, total: int, initial: int = 0) -> Iterator[Callable[..., None]]:
     """A progress bar; yields what to call after each item."""
-    with tqdm(total=total, desc=text, unit="prompt") as bar:
+    with tqdm(total=total, initial=initial, desc=text, unit="prompt") as bar:
         yield lambda *_: bar.update() and None
 
 

@@ -14,22 +14,8 @@ from torch import Tensor
 
 from vllm_griffin.data.hidden import load_target
 from vllm_griffin.evaluate.outputs import Output
+from vllm_griffin.model.files import fingerprint
 from vllm_griffin.whole_file import whole_file
-
-SAMPLE = 1 << 20  # bytes of a weight file's beginning and end that name it
-
-
-def fingerprint(target: Path) -> str:
-    """A digest of a model folder: its config, and sizes, beginnings and ends of its weight files."""
-    digest = hashlib.sha256((target / "config.json").read_bytes())
-    for file in sorted([*target.glob("*.safetensors"), *target.glob("*.bin")]):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as weights:
-            digest.update(weights.read(SAMPLE))
-            weights.seek(max(0, size - SAMPLE))
-            digest.update(weights.read(SAMPLE))
-    return digest.hexdigest()
 
 
 class OutputStates:

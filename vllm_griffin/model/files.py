@@ -1,5 +1,6 @@
 """Tensor files: list what is in one, read tensors from it. Safetensors, and `torch.save` files."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ SAFETENSORS_DTYPES = {
     "BOOL": "bool",
 }
 LFS_POINTER = b"version https://git-lfs"
+SAMPLE = 1 << 20  # bytes of a weight file's beginning and end that name it
 
 
 @dataclass(frozen=True)
@@ -115,3 +117,16 @@ def _unreadable(file: Path, kind: str, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"{file}: not a readable {kind} file, damaged or cut short? ({first_line})"
     )
+
+
+def fingerprint(model: Path) -> str:
+    """A digest of a model folder: its config, and sizes, beginnings and ends of its weight files."""
+    digest = hashlib.sha256((model / "config.json").read_bytes())
+    for file in sorted([*model.glob("*.safetensors"), *model.glob("*.bin")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as weights:
+            digest.update(weights.read(SAMPLE))
+            weights.seek(max(0, size - SAMPLE))
+            digest.update(weights.read(SAMPLE))
+    return digest.hexdigest()

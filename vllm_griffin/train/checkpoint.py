@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from vllm_griffin.model.checkpoint import DraftCheckpoint
 from vllm_griffin.model.config import PAPER_TREE
+from vllm_griffin.model.layout import EMBEDDING
 from vllm_griffin.model.vocabulary import VOCABULARY_FILE
 from vllm_griffin.train.network import Draft, Fusion, NetworkConfig
 from vllm_griffin.whole_file import whole_file, write_json
@@ -93,7 +94,7 @@ def published_state(draft: Draft) -> dict[str, Tensor]:
     for name, module in draft.named_modules():
         if parametrize.is_parametrized(module):
             state[f"{name}.weight"] = module.weight.detach()
-    state.pop("embed_tokens.weight")
+    state.pop(EMBEDDING)
     return state
 
 
@@ -132,6 +133,7 @@ def save_draft(
     target: dict[str, Any],
     dtype: torch.dtype,
     vocabulary: list[int] | None = None,
+    own_embedding: bool = False,
 ) -> None:
     """Write `config.json` and `model.safetensors`; each file is replaced as a whole.
 
@@ -142,10 +144,14 @@ def save_draft(
         dtype: Of the stored weights.
         vocabulary: The tokens that the losses looked at, where that is not all, the most frequent first;
             for `vocabulary.json`.
+        own_embedding: Write the embedding, too; serving takes the target's where there is none.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().to(dtype).contiguous() for k, v in published_state(draft).items()}
+    state = published_state(draft)
+    if own_embedding:
+        state[EMBEDDING] = draft.embed_tokens.weight
+    state = {k: v.detach().to(dtype).contiguous() for k, v in state.items()}
     with whole_file(folder / "model.safetensors") as scratch:
         save_file(state, scratch, metadata={"format": "pt"})
         scratch.chmod(0o644)
@@ -190,7 +196,7 @@ def load_draft(folder: str | Path, embeddings: Tensor | None = None) -> Draft:
     )
     state = dict(checkpoint.weights())
     if embeddings is not None:
-        state.setdefault("embed_tokens.weight", embeddings)
+        state.setdefault(EMBEDDING, embeddings)
     wrong = draft.state_dict().keys() ^ state.keys()
     if wrong:
         raise KeyError(f"{folder}: missing or unexpected keys: {', '.join(sorted(wrong))}")

@@ -59,7 +59,7 @@ class Trainer:
         """Set up a run, and continue it if `folder` holds its checkpoint.
 
         Args:
-            draft: The network; its `embed_tokens` must be the target's.
+            draft: The network; its `embed_tokens` stay as they are.
             states: Training and validation documents.
             target: The target's configuration and LM head.
             settings: The run's settings; a continued run may only be given more steps.
@@ -97,6 +97,8 @@ class Trainer:
         vocabulary = LossVocabulary(
             target.head.to(device), counts.to(device), settings.vocabulary or None
         )
+        # Of a draft that was trained elsewhere with an embedding of its own
+        self._own_embedding = not torch.equal(draft.embed_tokens.weight, target.embeddings)
         draft.to(device)
         mark_blocks(draft)
         self.draft, self.vocabulary = draft, vocabulary
@@ -353,7 +355,9 @@ class Trainer:
             self.best = quality(row)
             kept = self.vocabulary.ranking.tolist() if self.settings.vocabulary else None
             try:
-                save_draft(self.draft, self.folder, self.target.config, dtype, kept)
+                save_draft(
+                    self.draft, self.folder, self.target.config, dtype, kept, self._own_embedding
+                )
             except (OSError, SafetensorError) as error:
                 raise self._not_written(self.folder, error) from error
 
