@@ -221,6 +221,28 @@ def test_more_trees_than_a_step_holds_are_warned_of(
         assert ("per_batch_size" in said[0]) == ("tree_budget" not in spec)
 
 
+@pytest.mark.parametrize(
+    ("cpu", "spec", "warned"),
+    [
+        (True, {}, True),
+        (True, {"num_speculative_tokens": 59}, False),
+        (True, {"tree_acceptance": {"3,1,3": 1.6}}, False),
+        (False, {}, False),
+    ],
+)
+def test_a_tree_that_nobody_named_is_warned_of_on_a_cpu(
+    cpu: bool, spec: dict[str, Any], warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_griffin import config
+
+    said: list[str] = []
+    monkeypatch.setattr(config.logger, "warning", lambda text, *n: said.append(text % n))
+    monkeypatch.setattr(config, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
+    make(spec)
+    assert len(said) == warned
+    assert all("taking 59 nodes" in text and "--write-trees" in text for text in said)
+
+
 @pytest.mark.parametrize(("cuda", "cache"), [(True, "fp8"), (True, "auto"), (False, "fp8")])
 def test_a_gpu_that_rounds_weights_is_warned_of(
     cuda: bool, cache: str, monkeypatch: pytest.MonkeyPatch

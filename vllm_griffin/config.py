@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from vllm_griffin.compat import install_engine_patches
@@ -166,6 +167,13 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         if self.adaptive:
             return self._resolve_candidates()
         self._resolve_tree(checkpoint)
+        if unnamed and current_platform.is_cpu():
+            logger.warning(
+                "griffin: no field names a tree, and the draft has no tree_acceptance to choose one by: "
+                "taking %d nodes, which are more than pay on most CPUs. Measure with `vllm-griffin eval "
+                "--write-trees`, or name a small tree (num_speculative_tokens 5, tree_depth 2, tree_top_k 3)",
+                self.num_speculative_tokens,
+            )
         assert self.tree_depth is not None and self.tree_top_k is not None
         return [TreeShape(self.num_speculative_tokens, self.tree_depth, self.tree_top_k)]
 
