@@ -238,7 +238,7 @@ def test_a_tree_that_nobody_named_is_warned_of_on_a_cpu(
     said: list[str] = []
     monkeypatch.setattr(config.logger, "warning", lambda text, *n: said.append(text % n))
     monkeypatch.setattr(config, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
-    make(spec)
+    make(spec, max_num_seqs=2)
     assert len(said) == warned
     assert all("taking 59 nodes" in text and "--write-trees" in text for text in said)
 
