@@ -131,9 +131,12 @@ def command(
         _try_folder(output)
     import torch
 
+    from vllm_griffin import provenance
+    from vllm_griffin.evaluate import metrics
     from vllm_griffin.evaluate.engine import EngineError, prepare_process
     from vllm_griffin.tree_shape import TreeShape
 
+    made = provenance.describe(metrics.SEED)
     try:
         prepare_process()
         from vllm_griffin.evaluate.run import Evaluation, Request
@@ -168,10 +171,9 @@ def command(
         raise click.ClickException(reason(error)) from error
     _show(rows, checks)
     if output is not None:
-        file = _write(evaluation, replay, rows, checks, output)
+        file = _write(evaluation, made, replay, rows, checks, output)
         # Asked again, an engine measures again.
         (output / "steps.jsonl").unlink(missing_ok=True)
-    # After the result, which says whether the checkout had been changed before.
     if write_trees:
         from vllm_griffin.evaluate.trees import pooled_lengths
         from vllm_griffin.evaluate.trees import write_trees as write_lengths
@@ -249,19 +251,19 @@ def _show(rows: list[dict[str, Any]], checks: list[dict[str, Any]]) -> None:
 
 def _write(
     evaluation: Any,
+    made: dict[str, Any],
     replay: Path | None,
     rows: list[dict[str, Any]],
     checks: list[dict[str, Any]],
     output: Path,
 ) -> Path:
     """Write JSON and picture; returns the JSON file. What the disk does not take is printed."""
-    from vllm_griffin import provenance
-    from vllm_griffin.evaluate import metrics, plot
+    from vllm_griffin.evaluate import plot
     from vllm_griffin.whole_file import write_json
 
     request = evaluation.request
     record = {
-        "provenance": provenance.describe(metrics.SEED),
+        "provenance": made,
         "mode": "replay" if replay else "engine",
         "draft_vocab_sizes": [
             None if tokens is None else len(tokens) for tokens in evaluation.vocabularies.values()
