@@ -54,6 +54,22 @@ def real_rows(cost: float) -> list[Row]:
         Row("GRIFFIN, no TEH", "no-teh", (*GRIFFIN, "--no-teh"), 3),
         Row("GRIFFIN + TVD++", "griffin", (*GRIFFIN, "--tvd-plus-weight", "0.1"), 3, (2,)),
         Row("EAGLE-2, GRIFFIN's time", "eagle", ("--preset", "eagle2"), 1, (2,), step_factor=cost),
+        # Past the paper: what the rows above and held-out prompts favour, put together
+        Row(
+            "GRIFFIN, no mask, feature weight 3",
+            "griffin",
+            (*GRIFFIN, "--align-top-k", "0", "--feature-weight", "3"),
+            3,
+            (2,),
+        ),
+        Row(
+            "GRIFFIN, one pass, feature weight 3, GRIFFIN's time",
+            "griffin",
+            (*GRIFFIN, "--feature-weight", "3"),
+            1,
+            (2,),
+            step_factor=cost,
+        ),
     ]
 
 
