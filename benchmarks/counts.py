@@ -2,12 +2,12 @@
 
     python benchmarks/counts.py --output docs/results/counts.json
 
-Before and after fusing: first with every op as its reference in torch, then with Triton kernels; a step of
-vLLM without speculation beside them. All runs on a CPU with Triton's interpreter (VLLM_GRIFFIN_CPU=1 and
-VLLM_GRIFFIN_KERNELS are set here), after fusing on the code that a GPU runs: a torch op that computes or
+With Triton kernels, on the code that a GPU runs, and beside it with their references in torch, which is what
+a CPU runs and what a GPU would without kernels; and a step of vLLM without speculation. All on a CPU with
+Triton's interpreter (VLLM_GRIFFIN_CPU=1 and VLLM_GRIFFIN_KERNELS are set here): a torch op that computes or
 copies is one launch, a Triton kernel is one. Bytes are those of the tensors that go in and come out, the KV
 cache apart. Waits are those that this package's own code asks for, not vLLM's, nor those of the stand-ins for
-its kernels on a CPU. Counts, not times, and before CUDA graphs, which make one launch of those they hold.
+its kernels on a CPU. Counts, not times, and without CUDA graphs, which make one launch of those they hold.
 """
 
 import json
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "examples" / "models"
 
 
-# A table's columns, each before and after: what is counted, its unit and decimals
+# A table's columns, each for references and kernels: what is counted, its unit and decimals
 COLUMNS = {"launches": ("launches", 1, 1), "MB": ("bytes", 1e6, 2), "waits": ("waits", 1, 1)}
 
 
@@ -202,12 +202,12 @@ def table(counter: Counter) -> list[dict[str, Any]]:
     return rows
 
 
-def cells(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
+def cells(references: dict[str, Any] | None, kernels: dict[str, Any]) -> list[str]:
     """Each count of two rows, in a table's columns."""
     return [
         f"{row[key] / unit:.{decimals}f}" if row else "-"
         for key, unit, decimals in COLUMNS.values()
-        for row in (before, after)
+        for row in (references, kernels)
     ]
 
 
@@ -268,15 +268,15 @@ def main(output: Path, target: Path, draft: Path, tree: str, requests: int, step
         count(kernels, target, requests, steps, speculative_config=config)
         for kernels in ("torch", "triton")
     ]
-    before, rows = map(table, counters)
+    references, rows = map(table, counters)
     plain = table(count("triton", target, requests, steps))[-1]
     setting = {"tree": tree, "requests": requests, "steps": steps, "target": target.name}
-    record = {"provenance": made, "setting": setting, "rows": rows, "before": before}
+    record = {"provenance": made, "setting": setting, "rows": rows, "references": references}
     write_json(output, record | {"plain": plain, "waits": dict(counters[1].places)})
-    old = {row["part"]: row for row in before}
-    lines = [[row["part"], *cells(old[row["part"]], row)] for row in rows]
+    by_part = {row["part"]: row for row in references}
+    lines = [[row["part"], *cells(by_part[row["part"]], row)] for row in rows]
     lines.append(["vLLM without speculation, all", *cells(None, plain)])
-    head = ("part, per step", *(f"{x}{y}" for x in COLUMNS for y in (" before", "")))
+    head = ("part, per step", *(f"{x}{y}" for x in COLUMNS for y in (", references", "")))
     write_table(output, made, head, lines, [json.dumps(setting)], times=False)
 
 

@@ -39,8 +39,8 @@ def test_a_step_of_ours_never_waits_for_the_device(tmp_path: Path) -> None:
         assert rows[part]["launches"] > 0, part
     assert rows["all"]["launches"] > rows["ours"]["launches"]
     assert rows["all"]["launches"] > record["plain"]["launches"] > 0
-    before = {row["part"]: row for row in record["before"]}
-    assert before["ours"]["launches"] > 1.5 * rows["ours"]["launches"]
+    references = {row["part"]: row for row in record["references"]}
+    assert references["ours"]["launches"] > 1.5 * rows["ours"]["launches"]
 
 
 def test_what_counts_as_a_wait(monkeypatch: Any) -> None:

@@ -222,23 +222,29 @@ def test_more_trees_than_a_step_holds_are_warned_of(
 
 
 @pytest.mark.parametrize(
-    ("cpu", "spec", "warned"),
+    ("cpu", "spec", "own", "warned"),
     [
-        (True, {}, True),
-        (True, {"num_speculative_tokens": 59}, False),
-        (True, {"tree_acceptance": {"3,1,3": 1.6}}, False),
-        (False, {}, False),
+        (True, {}, {}, True),
+        (True, {"num_speculative_tokens": 59}, {}, False),
+        (True, {"tree_acceptance": {"3,1,3": 1.6}}, {}, False),
+        (True, {}, {"tree": {"num_speculative_tokens": 5, "tree_depth": 2}}, False),
+        (False, {}, {}, False),
     ],
 )
 def test_a_tree_that_nobody_named_is_warned_of_on_a_cpu(
-    cpu: bool, spec: dict[str, Any], warned: bool, monkeypatch: pytest.MonkeyPatch
+    cpu: bool,
+    spec: dict[str, Any],
+    own: dict[str, Any],
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from vllm_griffin import config
 
     said: list[str] = []
     monkeypatch.setattr(config.logger, "warning", lambda text, *n: said.append(text % n))
     monkeypatch.setattr(config, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
-    make(spec, max_num_seqs=2)
+    make({"model": draft_with(tmp_path, **own)} | spec, max_num_seqs=2)
     assert len(said) == warned
     assert all("taking 59 nodes" in text and "--write-trees" in text for text in said)
 

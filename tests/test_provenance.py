@@ -33,6 +33,21 @@ def test_command(monkeypatch: pytest.MonkeyPatch, program: str, wanted: str) -> 
     assert provenance.describe(3)["command"].endswith(" ~/model /data/root/x --out=~/model")
 
 
+@pytest.mark.parametrize(
+    ("own", "text", "wanted"),
+    [
+        (
+            "/data/home/ann",
+            "/data/home/ann/x /home/bob/y /data/home/eve/z",
+            "~/x ~/y /data/home/eve/z",
+        ),
+        ("/", "/x /root/y", "/x ~/y"),
+    ],
+)
+def test_home_folders(own: str, text: str, wanted: str) -> None:
+    assert provenance.home_pattern(Path(own)).sub("~", text) == wanted
+
+
 def test_commit_and_versions() -> None:
     record = provenance.describe()
     head = subprocess.run(

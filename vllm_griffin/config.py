@@ -167,10 +167,11 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         if self.adaptive:
             return self._resolve_candidates()
         self._resolve_tree(checkpoint)
-        if unnamed and current_platform.is_cpu():
+        tree = {name: getattr(self, name) for name in PAPER_TREE}
+        if unnamed and tree == PAPER_TREE and current_platform.is_cpu():
             logger.warning(
                 "griffin: no field names a tree, and the draft has no tree_acceptance to choose one by: "
-                "taking %d nodes, which are more than pay on most CPUs. Measure with `vllm-griffin eval "
+                "taking %d nodes, more than pay on most CPUs. Measure with `vllm-griffin eval "
                 "--write-trees`, or name a small tree (num_speculative_tokens 5, tree_depth 2, tree_top_k 3)",
                 self.num_speculative_tokens,
             )

@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Any
 
 CPU = "VLLM_GRIFFIN_CPU"
-# Results and cards may be published: a home folder is `~`, as a shell has it.
-HOME = re.compile(r"(?<![\w.-])/(?:root|home/[^/\s\"']+)(?=/)")
 PACKAGES = ("vllm-griffin", "torch", "transformers", "accelerate", "safetensors", "triton")
+
+
+def home_pattern(own: Path) -> re.Pattern[str]:
+    """Finds home folders in a text: this user's, and others' where Linux has them."""
+    usual = r"/root|/home/[^/\s\"']+"
+    mine = "" if own == Path(own.anchor) else re.escape(str(own)) + "|"
+    return re.compile(rf"(?<![\w.-])(?:{mine}{usual})(?=/)")
+
+
+# Results and cards may be published: a home folder is `~`, as a shell has it.
+HOME = home_pattern(Path.home())
 
 
 def describe(seed: int | None = None) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_data_of_other_weights_are_told(target: Path, chats: Path, tmp_path: Pat
     file = mine / "model.safetensors"
     weights = {name: tensor * 1.5 for name, tensor in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
-    assert "data made with another --target:" in fail("--target", mine, *made)
+    assert "before its config or weights changed" in fail("--target", mine, *made)
     assert notes(mine, "c")
 
 

@@ -10,7 +10,8 @@ from vllm.sampling_params import RequestOutputKind
 from tests.training.data_target import tokenizer
 from vllm_griffin.data import respond
 from vllm_griffin.data.chat import ChatTemplate
-from vllm_griffin.data.respond import Request, Sampling, append_lines, draw_prompts, read_lines
+from vllm_griffin.data.respond import Request, Sampling, draw_prompts, read_lines
+from vllm_griffin.whole_file import append_lines
 
 SAMPLING = Sampling((0.0, 0.7, 1.0), 5, seed=100)
 TEXTS = ["hi", "", "hi", " a ", "b", None, "c", "d"]  # by attempt; None does not end

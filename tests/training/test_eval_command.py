@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from tests.engine.harness import GOLDEN, MODELS
 from vllm_griffin.cli import main
@@ -235,18 +236,55 @@ def test_a_killed_evaluation_goes_on(prompts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "evaluate_in_engine", evaluate)
     folder = tmp_path / "killed"
-    for more in ((), ("--max-tokens", 9)):
-        monkeypatch.setattr(KeptSteps, "append", append_and_die)
-        assert usual(prompts, *arguments, folder, *more).exit_code != 0
-    with (folder / "steps.jsonl").open("a") as half:
-        half.write('{"run": "')
+    monkeypatch.setattr(KeptSteps, "append", append_and_die)
+    assert usual(prompts, *arguments, folder).exit_code != 0
+    kept = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    # The first four of three prompts at two temperatures; the others are another run's or another text's.
+    missing = {(p, t) for p in (5, 6, 7) for t in (0.0, 1.0)} - {
+        (row["id"], row["temperature"]) for row in kept
+    }
+    assert len(missing) == 2
+    with (folder / "steps.jsonl").open("a") as file:
+        for name, (number, temperature) in zip(("run", "prompt"), missing, strict=True):
+            foreign = {"id": number, "temperature": temperature, "steps": [], name: "other"}
+            file.write(json.dumps(kept[0] | foreign) + "\n")
+        file.write('{"run": "')
     monkeypatch.setattr(KeptSteps, "append", append)
     assert usual(prompts, *arguments, folder).exit_code == 0
-    # Three prompts at two temperatures, in parts of four.
-    assert asked == [6, 6, 2]
+    assert asked == [6, 2]
     results = [json.loads((d / "evaluation.json").read_text()) for d in (whole, folder)]
     assert results[0]["rows"] == results[1]["rows"]
     assert not (folder / "steps.jsonl").exists()
+
+
+def test_steps_of_another_evaluation_are_told_apart(prompts, tmp_path, monkeypatch):
+    """By all that decides them, a few weights in the middle of a draft among it."""
+    monkeypatch.setattr("vllm_griffin.model.files.SAMPLE", 64)
+    changed = shutil.copytree(DRAFT, tmp_path / "draft")
+    weights = load_file(changed / "model.safetensors")
+    weights["layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, changed / "model.safetensors")
+    tree, made = TreeShape(7, 3, 3), {"commit": "abc", "versions": {}, "hardware": {}}
+    usual = run.Request(
+        TARGET, (DRAFT, str(changed)), (prompts,), (0.0,), (tree,), None, 20, "float32", 8
+    )
+
+    def key(request=usual, draft=DRAFT, shape=tree, made=made):
+        return json.dumps(run.Evaluation(request)._run(draft, shape, made), sort_keys=True)
+
+    keys = [
+        key(),
+        key(draft=str(changed)),
+        key(shape=TreeShape(7, 3, 4)),
+        key(replace(usual, max_tokens=21)),
+        key(replace(usual, batch=4)),
+        key(made=made | {"commit": "def"}),
+        key(made=made | {"hardware": {"gpu": "H100"}}),
+    ]
+    assert key() == keys[0]
+    monkeypatch.setenv("VLLM_GRIFFIN_KERNELS", "triton")
+    keys.append(key())
+    assert len(set(keys)) == 8
 
 
 def test_what_is_no_kept_step_is_named(prompts, tmp_path):

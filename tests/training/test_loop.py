@@ -247,6 +247,7 @@ def test_only_the_same_run_goes_on(small_target: Path, small_data: Path, tmp_pat
         ("target", {"target": other}),
         ("data", {"states": StoredStates(small_data, 2)}),
         ("init-from", {"fresh": False}),
+        ("embedding", {"target": replace(parts, embeddings=parts.embeddings + 1)}),
         ("network", {"fusion": False}),
     ):
         with pytest.raises(TrainingError, match=rf"other settings \({name}\)"):

@@ -137,6 +137,7 @@ def command(
     from vllm_griffin.tree_shape import TreeShape
 
     made = provenance.describe(metrics.SEED)
+    kept = output / "steps.jsonl" if output and not replay else None
     try:
         prepare_process()
         from vllm_griffin.evaluate.run import Evaluation, Request
@@ -157,11 +158,10 @@ def command(
         if write_trees:
             _check_sizes(request.trees)
         evaluation = Evaluation(request)
-        kept = output and output / "steps.jsonl"
         rows, checks = (
             evaluation.by_replay(replay, check_engine)
             if replay
-            else (evaluation.in_engine(kept), [])
+            else (evaluation.in_engine(kept, made), [])
         )
     except torch.OutOfMemoryError as error:
         raise click.ClickException(
@@ -172,8 +172,6 @@ def command(
     _show(rows, checks)
     if output is not None:
         file = _write(evaluation, made, replay, rows, checks, output)
-        # Asked again, an engine measures again.
-        (output / "steps.jsonl").unlink(missing_ok=True)
     if write_trees:
         from vllm_griffin.evaluate.trees import pooled_lengths
         from vllm_griffin.evaluate.trees import write_trees as write_lengths
@@ -193,6 +191,9 @@ def command(
                 write(Path(draft), file)
         except (ValueError, OSError) as error:
             raise click.ClickException(f"the result is kept, the card is not: {error}") from error
+    if kept:
+        # Asked again, an engine measures again.
+        kept.unlink(missing_ok=True)
 
 
 def _check_options(

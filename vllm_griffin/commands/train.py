@@ -177,11 +177,8 @@ def command(
                 "that its learning rate stays low: give --warmup, or more steps",
                 err=True,
             )
-        data = _data_record(data_folder, target)
-        online = data["settings"].get("hidden_states") == "online"
-        if online and shards:
-            raise click.UsageError("--shards: the data's hidden states are not stored")
-        draft, parts, states = _load(target, data_folder, init_from, online, shards, settings)
+        data = _data_record(data_folder)
+        draft, parts, states = _load(target, data, init_from, shards, settings)
         layout = {"fusion": draft.config.fusion, "two_heads": draft.config.two_heads}
         for name, flag in (("fusion", "--fusion/--no-tgf"), ("two_heads", "--two-heads/--no-teh")):
             if chosen.get(name, layout[name]) != layout[name]:
@@ -243,9 +240,8 @@ def _check_tracker(name: str | None) -> None:
 
 def _load(
     target: str,
-    data_folder: Path,
+    data: dict[str, Any],
     init_from: str | None,
-    online: bool,
     shards: int | None,
     settings: Any,
 ) -> tuple[Any, Any, Any]:
@@ -257,16 +253,20 @@ def _load(
     from vllm_griffin.train.setup import load_target_parts, new_draft
 
     parts = load_target_parts(target)
+    _note_other_target(data, target)
+    folder = Path(data["folder"])
     if init_from:
         draft = load_draft(init_from, parts.embeddings)
     else:
         draft = new_draft(parts, fusion=settings.fusion, two_heads=settings.two_heads)
     states: States
-    if not online:
-        states = StoredStates(data_folder, shards)
+    if data["settings"].get("hidden_states") == "online":
+        if shards:
+            raise click.UsageError("--shards: the data's hidden states are not stored")
+        states = OnlineStates(read_documents(folder), load_target(target))
     else:
-        states = OnlineStates(read_documents(data_folder), load_target(target))
-    _check_fit(data_folder, states, parts)
+        states = StoredStates(folder, shards)
+    _check_fit(folder, states, parts)
     return draft, parts, states
 
 
@@ -290,7 +290,7 @@ def _check_fit(folder: Path, states: Any, parts: Any) -> None:
         )
 
 
-def _data_record(folder: Path, target: str) -> dict[str, Any]:
+def _data_record(folder: Path) -> dict[str, Any]:
     """What `data.json` says of the training data, and where it is.
 
     Raises:
@@ -299,21 +299,28 @@ def _data_record(folder: Path, target: str) -> dict[str, Any]:
     """
     import json
 
-    from vllm_griffin.model.checkpoint import find_folder
-    from vllm_griffin.model.files import fingerprint
-
     path = folder / "data.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no data.json: make it with vllm-griffin data")
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if not record.get("finished"):
         raise ValueError(f"{folder} is not finished: run its vllm-griffin data again, it goes on")
-    made_for, weights = record["settings"].get("target"), record.get("target_weights")
-    if weights is None:
-        other = made_for is None or Path(made_for) != Path(target)
-    else:
-        other = weights != fingerprint(find_folder(target))
-    if other:
-        known = "" if weights is None else ", whose weights were others"
-        click.echo(f"note: {folder} was made for the target {made_for}{known}", err=True)
     return record | {"folder": str(folder)}
+
+
+def _note_other_target(data: dict[str, Any], target: str) -> None:
+    """Say if the data were made for a target of another name or, where they know them, of other weights."""
+    from vllm_griffin.model.checkpoint import find_folder
+    from vllm_griffin.model.files import fingerprint
+
+    made_for, weights = data["settings"].get("target"), data.get("target_weights")
+    if weights is None:
+        same = made_for is not None and Path(made_for) == Path(target)
+    else:
+        same = weights == fingerprint(find_folder(target))
+    if not same:
+        known = "" if weights is None else ", whose config or weights were others"
+        click.echo(
+            f"note: {data['folder']} was made for the target {made_for}{known}, not {target}",
+            err=True,
+        )

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from vllm_griffin.data.chat import ChatTemplate
 from vllm_griffin.data.engine import answers, batch_size, complete
+from vllm_griffin.whole_file import append_lines
 
 Engine: TypeAlias = Callable[[], Any]  # gives the `vllm.LLM`, made at the first call
 _ATTEMPTS = 10  # draws for each prompt that is wanted, at most
@@ -42,7 +43,7 @@ class Request:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a JSONL file that this module wrote; a last line cut off by a kill is removed from it.
+    """Lines of a JSONL file that this module wrote, but for a last one cut off by a kill.
 
     Raises:
         click.ClickException: Another line is malformed.
@@ -51,26 +52,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
     try:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError as error:
         raise click.ClickException(f"{path} is damaged ({error}): remove it") from error
-
-
-def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows to a JSONL file in one write; if it fails, the file is as it was."""
-    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
-    with open(path, "ab", buffering=0) as file:
-        before = file.tell()
-        try:
-            if file.write(text) < len(text):
-                raise OSError(28, "No space left on device", str(path))
-        except OSError:
-            file.truncate(before)
-            raise
 
 
 def respond(

@@ -81,9 +81,14 @@ def claim(s: Settings, weights: str | None = None) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         before = record.get("settings", {})
         changed = [name for name in settings if before.get(name) != settings[name]]
-        # Data of earlier versions do not say which weights they are of.
-        if "target" not in changed and record.get("target_weights", weights) != weights:
-            changed.append("target")
+        # What an earlier version made does not say which weights it is of, and never will.
+        made_of = record.get("target_weights")
+        if not changed and made_of not in (None, weights):
+            raise click.ClickException(
+                f"{s.output} holds data of {s.target} before its config or weights changed: give another "
+                "--output"
+            )
+        weights = made_of
         if changed:
             options = ", ".join("--" + name.replace("_", "-") for name in changed)
             raise click.ClickException(

@@ -230,17 +230,19 @@ def evaluate_in_engine(
         os.environ[TRACE] = str(file)
         try:
             with _engine(settings, max_model_len, shape, draft) as llm:
-                traced = 0
+                records: list[TraceRecord] = []
                 for part in _parts(settings, wanted):
                     asked = {
                         str(i): (p.tokens, _params(temperature, p.id, settings.max_tokens))
                         for i, (p, temperature) in enumerate(part)
                     }
                     outputs = _outputs(part, _run(llm, asked, finished), settings.max_tokens)
-                    records = read_trace(file)
+                    more = read_trace(file)
+                    # Its writer appends.
+                    os.truncate(file, 0)
+                    records += more
                     check_counters(_counters(llm), records)
-                    steps = steps_of_trace(records[traced:], outputs)
-                    traced = len(records)
+                    steps = steps_of_trace(more, outputs)
                     store([prompt for prompt, _ in part], steps)
                     result.outputs += outputs.values()
                     result.prompts += steps

@@ -11,16 +11,17 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from vllm_griffin.evaluate.outputs import append_lines, whole_lines
+from vllm_griffin.evaluate.outputs import whole_lines
 from vllm_griffin.evaluate.prompts import Prompt
 from vllm_griffin.evaluate.steps import PromptSteps, Step
+from vllm_griffin.whole_file import append_lines
 
 
 class KeptSteps:
     """The lines of one run."""
 
     def __init__(self, file: Path, run: Any) -> None:
-        """`run` is everything that decides the steps besides the prompt, as JSON has it."""
+        """`run` says what decides the steps besides the prompt, as JSON has it."""
         self.file = file
         self._run = _digest(run)
 
@@ -51,16 +52,14 @@ class KeptSteps:
         append_lines(
             self.file,
             (
-                json.dumps(
-                    {
-                        "run": self._run,
-                        "prompt": _digest(prompt.tokens),
-                        "set": steps.set,
-                        "id": steps.id,
-                        "temperature": steps.temperature,
-                        "steps": [astuple(step) for step in steps.steps],
-                    }
-                )
+                {
+                    "run": self._run,
+                    "prompt": _digest(prompt.tokens),
+                    "set": steps.set,
+                    "id": steps.id,
+                    "temperature": steps.temperature,
+                    "steps": [astuple(step) for step in steps.steps],
+                }
                 for prompt, steps in zip(prompts, found, strict=True)
             ),
         )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vllm_griffin.whole_file import whole_file
+from vllm_griffin.whole_file import append_lines
 
 # Tokens past the end of an answer that are stored; a last step accepts at most a tree's depth of them.
 TAIL = 16
@@ -89,16 +89,4 @@ def read_outputs(path: Path) -> list[Output]:
 
 def append_outputs(path: Path, outputs: Iterable[Output]) -> None:
     """Append outputs, a line each."""
-    append_lines(path, (json.dumps(asdict(output)) for output in outputs))
-
-
-def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Append to a JSONL file; half a line at its end is dropped first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        whole = path.read_bytes()
-        if not whole.endswith(b"\n"):
-            with whole_file(path) as scratch:
-                scratch.write_bytes(whole[: whole.rfind(b"\n") + 1])
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(line + "\n" for line in lines))
+    append_lines(path, map(asdict, outputs))

@@ -1,5 +1,6 @@
 """A whole evaluation: drafts, prompt sets, temperatures and trees, in the engine or by replay."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +11,6 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from vllm_griffin import provenance
 from vllm_griffin.data.chat import load_tokenizer
 from vllm_griffin.evaluate import metrics
 from vllm_griffin.evaluate.engine import EngineSettings, evaluate_in_engine, generate
@@ -29,6 +29,8 @@ from vllm_griffin.train.setup import TargetParts, load_target_parts
 from vllm_griffin.tree_shape import TreeShape
 
 Key = tuple[str, int, float]
+# Of the environment, what chooses the code of a step
+VARIABLES = ("VLLM_GRIFFIN_CPU", "VLLM_GRIFFIN_KERNELS", "VLLM_GRIFFIN_TREE_ATTENTION")
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,19 @@ class Evaluation:
                 chosen.append(prompt)
         return [(prompt, t) for t in self.request.temperatures for prompt in chosen]
 
-    def in_engine(self, file: Path | None = None) -> list[dict[str, Any]]:
+    def in_engine(
+        self, file: Path | None = None, made: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
         """Rows of results, each draft and tree in an engine of its own.
 
         Args:
             file: Where steps are kept as they are found; those of the same evaluation are not made again.
+            made: This process's `provenance`: an evaluation by other code or on another machine is another.
         """
         found: dict[tuple[str, TreeShape], list[PromptSteps]] = {}
         wanted = self.wanted()
         for draft, tree in self._pairs():
-            kept = KeptSteps(file, self._run(draft, tree)) if file else None
+            kept = KeptSteps(file, self._run(draft, tree, made or {})) if file else None
             steps = kept.read(wanted) if kept else {}
             missing = [(p, t) for p, t in wanted if (p.set, p.id, t) not in steps]
             store = kept.append if kept else lambda *_: None
@@ -139,17 +144,17 @@ class Evaluation:
             found[draft, tree] = [steps[p.set, p.id, t] for p, t in wanted]
         return self._rows(found)
 
-    def _run(self, draft: str, tree: TreeShape) -> dict[str, Any]:
+    def _run(self, draft: str, tree: TreeShape, made: dict[str, Any]) -> dict[str, Any]:
         """What decides a prompt's verify steps in the engine, as JSON has it."""
-        made = provenance.describe()
         return {
             "target": fingerprint(self.target_folder),
-            "draft": fingerprint(find_folder(draft)),
+            # Two drafts under comparison may differ in a few weights only.
+            "draft": fingerprint(find_folder(draft), whole=True),
             "vocabulary": self.vocabularies[draft],
             "tree": str(tree),
             "settings": asdict(self.settings),
-            "commit": made["commit"],
-            "versions": made["versions"],
+            "environment": {name: os.environ.get(name) for name in VARIABLES},
+            "made": {name: made.get(name) for name in ("commit", "versions", "hardware")},
         }
 
     def by_replay(

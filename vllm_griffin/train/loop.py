@@ -97,8 +97,9 @@ class Trainer:
         vocabulary = LossVocabulary(
             target.head.to(device), counts.to(device), settings.vocabulary or None
         )
-        # Of a draft that was trained elsewhere with an embedding of its own
-        self._own_embedding = not torch.equal(draft.embed_tokens.weight, target.embeddings)
+        embedding = draft.embed_tokens.weight.detach().cpu()
+        # Of a loaded draft that was trained elsewhere; it is written beside the weights
+        self._own_embedding = not torch.equal(embedding, target.embeddings)
         draft.to(device)
         mark_blocks(draft)
         self.draft, self.vocabulary = draft, vocabulary
@@ -112,8 +113,9 @@ class Trainer:
         }
         # What must be as it was, besides the settings, for a run to go on as if it had not stopped.
         self._made_from = {
-            "target": hashlib.sha256(target.head[:64].numpy().tobytes()).hexdigest(),
+            "target": _digest(target.head),
             "init-from": not fresh,
+            "embedding": _digest(embedding) if self._own_embedding else None,
             "data": [len(states.documents), sum(len(d.tokens) for d in states.documents)],
             "network": asdict(draft.config),
             "number of processes": self.accelerator.num_processes,
@@ -360,6 +362,11 @@ class Trainer:
                 )
             except (OSError, SafetensorError) as error:
                 raise self._not_written(self.folder, error) from error
+
+
+def _digest(rows: Tensor) -> str:
+    """Of the first 64 rows."""
+    return hashlib.sha256(rows[:64].numpy().tobytes()).hexdigest()
 
 
 def _groups(states: States, documents: list[int]) -> Iterator[list[int]]:
