@@ -114,6 +114,11 @@ def test_decode_rates_of_a_shape(tmp_path: Path) -> None:
     for batch in (1, 2):
         tree = rows["tree 7", batch]
         assert 2.0 < tree["tokens_per_step"] < 3.0
+        best = max((r for r in record["rows"] if r["batch"] == batch and "spec" in r["engine"]),
+                   key=lambda row: row["tokens_per_second"])  # fmt: skip
+        assert (best["speedup"], best["paired_speedup"]) == (1, 1)
+        # One round: both ratios are of the same two runs.
+        assert tree["paired_speedup"] == pytest.approx(tree["speedup"])
         assert rows["no speculation", batch]["tokens_per_step"] == 1.0
         assert tree["speedup"] > 0
     assert (tmp_path / "shape.png").stat().st_size > 5000
