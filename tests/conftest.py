@@ -30,6 +30,10 @@ if not torch.cuda.is_available():
     # vLLM would call it in time for an engine, but some tests begin with vLLM's inner modules.
     prepare_process()
 
+    from tests.interpreter import prepare_language_once
+
+    prepare_language_once()
+
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen_imports() -> None:
