@@ -111,10 +111,9 @@ def summary(runs: Runs) -> list[dict[str, Any]]:
                 "runs": [[asdict(d) for d in one] for one in kept],
             }
         )
-    best: dict[int, dict[str, Any]] = {}
-    for row in filter(is_plain, rows):
-        rival = best.setdefault(row["batch"], row)
-        best[row["batch"]] = max(rival, row, key=lambda x: x["tokens_per_second"])
+    plain = sorted(filter(is_plain, rows), key=lambda row: row["tokens_per_second"])
+    # Of each batch size the last, and so the best
+    best = {row["batch"]: row for row in plain}
     return [row | _against(row, best[row["batch"]]) for row in rows]
 
 

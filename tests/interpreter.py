@@ -1,4 +1,4 @@
-"""Triton's interpreter without its slowest habit, which took a third of the kernels' tests.
+"""Triton's interpreter without its slowest habit.
 
 Whenever a kernel calls a device function, the interpreter prepares all of `triton.language` anew, though it
 has been prepared for the kernel: `triton.runtime.interpreter.InterpretedFunction.__call__` of Triton 3.9.

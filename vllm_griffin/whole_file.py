@@ -30,6 +30,17 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
         scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of a JSONL file's lines; none if there is no such file."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            # A run that was killed may leave half a line at the end; it is made again.
+            if line.strip() and line.endswith("\n"):
+                yield number, line
+
+
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows to a JSONL file, made with its folder if need be, in one write.
 

@@ -112,7 +112,7 @@ def test_same_settings_go_on_and_others_are_refused(
 
 
 def test_data_of_other_weights_are_told(target: Path, chats: Path, tmp_path: Path) -> None:
-    """By `data`, which goes on with them, and by `train`; a folder with the same weights is the same."""
+    """`data` does not go on with them, `train` notes them; a folder with the same weights is the same."""
     mine, copy = (shutil.copytree(target, tmp_path / name) for name in ("mine", "copy"))
     made = ("--input", chats, "--output", tmp_path / "data")
     succeed("--target", mine, *made)

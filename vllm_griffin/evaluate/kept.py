@@ -11,10 +11,9 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from vllm_griffin.evaluate.outputs import whole_lines
 from vllm_griffin.evaluate.prompts import Prompt
 from vllm_griffin.evaluate.steps import PromptSteps, Step
-from vllm_griffin.whole_file import append_lines
+from vllm_griffin.whole_file import append_lines, whole_lines
 
 
 class KeptSteps:

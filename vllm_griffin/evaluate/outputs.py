@@ -10,11 +10,11 @@ step up to the answer's end.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vllm_griffin.whole_file import append_lines
+from vllm_griffin.whole_file import append_lines, whole_lines
 
 # Tokens past the end of an answer that are stored; a last step accepts at most a tree's depth of them.
 TAIL = 16
@@ -59,17 +59,6 @@ def _parse(line: str) -> Output:
     if not output.prompt_token_ids or not output.response_token_ids:
         raise ValueError("an empty prompt or response")
     return output
-
-
-def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of a JSONL file's lines; none if there is no such file."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            # A run that was killed may leave half a line at the end; it is made again.
-            if line.strip() and line.endswith("\n"):
-                yield number, line
 
 
 def read_outputs(path: Path) -> list[Output]:

@@ -38,15 +38,15 @@ class Objective:
             )
 
     @property
-    def terms(self) -> dict[str, float]:
-        """Names and weights of the terms that have a weight."""
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms that have a weight."""
         weights = {
             "cross_entropy": self.token,
             "top_ten": self.top,
             "tvd": self.tvd,
             "tvd_plus": self.tvd_plus,
         }
-        return {name: weight for name, weight in weights.items() if weight}
+        return tuple(name for name, weight in weights.items() if weight)
 
 
 @dataclass
