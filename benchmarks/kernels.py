@@ -2,12 +2,12 @@
 
     python benchmarks/kernels.py --output docs/results/kernels.json
 
-On a GPU the Triton kernels are timed, on a CPU the torch references, which are what runs there. The floor
-is the bytes of an op's arguments and results (of tree attention: the context and what the tree adds) over
-the bandwidth of a large copy on the same machine. Tree attention also stands beside the engine's own
-attention of a chain of as many rows (FlashAttention on a GPU, vLLM's CPU kernel on a CPU), and beside its
-other form, the prefix by FlashAttention (a stand-in on a CPU, which is no result). Default shape: Llama-3-8B
-with its draft. Prints a table; writes JSON, Markdown and a picture.
+On a GPU the Triton kernels are timed, on a CPU what runs there: the torch references, and for attention its
+own form. The floor is the bytes of an op's arguments and results (of tree attention: the context and what
+the tree adds) over the bandwidth of a large copy on the same machine. Tree attention also stands beside the
+engine's own attention of a chain of as many rows (FlashAttention on a GPU, vLLM's CPU kernel on a CPU), and
+beside its other form, the prefix by FlashAttention (a stand-in on a CPU, which is no result). Default shape:
+Llama-3-8B with its draft. Prints a table; writes JSON, Markdown and a picture.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ from vllm_griffin.kernels import (
 )
 from vllm_griffin.kernels import tree_attention as attention
 from vllm_griffin.kernels.packed_bits import num_words
+from vllm_griffin.kernels.tree_attention_cpu import tree_attention_cpu
 from vllm_griffin.tree import TreeGrower
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -176,6 +177,9 @@ def attention_case(shape: Shape) -> Case:
         *(flash(), q, *views(cache, shape), context, query_start, shape.rows, shape.context),
         *(scale, out),
     )
+    if not backend.use_triton(DEVICE):
+        on_cpu = functools.partial(tree_attention_cpu, q, *views(cache, shape), context, scale, out)
+        found = dataclasses.replace(found, run=on_cpu, reference=found.run)
     return dataclasses.replace(found, prefix=from_prefix)
 
 

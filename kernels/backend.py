@@ -1,8 +1,8 @@
 """Which implementation of the ops in this package runs: Triton kernels or torch references.
 
-Every op ships twice. The torch reference is the specification and the production path on CPUs; the
-Triton kernel is the production path on GPUs. ``VLLM_GRIFFIN_KERNELS`` overrides the choice:
-``auto`` (default), ``torch`` or ``triton``.
+Every op ships twice. The torch reference is the specification and the production path on CPUs (but for
+the attention of verifications, `tree_attention_cpu`); the Triton kernel is that on GPUs.
+``VLLM_GRIFFIN_KERNELS`` overrides the choice: ``auto`` (default), ``torch`` or ``triton``.
 """
 
 import functools

@@ -21,7 +21,7 @@ H_kv key heads, D head size, W 64-bit words of tail bits.
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,6 +72,11 @@ class TreeContext:
     # [B, R, W] int64
     tail_bits: torch.Tensor
     tail_cached: bool = False
+
+    @functools.cached_property
+    def workspaces(self) -> dict[tuple[int, ...], list[Any]]:
+        """By sizes of a layer: what `tree_attention_cpu` makes once for all layers of a step."""
+        return {}
 
     @functools.cached_property
     def spans(self) -> list["Span"]:
@@ -143,15 +148,6 @@ class Span:
     # [rows, 1] bool, None: none. Rows that see no key at all.
     blind: torch.Tensor | None
 
-    # By heads of a group: the mask, once for each of them
-    stacked_masks: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def stacked_mask(self, group: int) -> torch.Tensor:
-        """[group * rows, prefix + tail]; made once, since all layers of a step ask for it."""
-        if group not in self.stacked_masks:
-            self.stacked_masks[group] = self.mask.repeat(group, 1)
-        return self.stacked_masks[group]
-
     def pieces(
         self, cache: torch.Tensor, tail: torch.Tensor, scale: torch.Tensor | None
     ) -> Iterator[torch.Tensor]:
@@ -204,7 +200,7 @@ def tree_attention_reference(
         # Joined as a CPU's cache holds them: keys [H_kv, D, n], values [H_kv, n, D].
         keys = _joined([piece.mT for piece in span.pieces(k_cache, k_tail, k_scale)], -1)
         values = _joined(list(span.pieces(v_cache, v_tail, v_scale)), -2)
-        mask = span.stacked_mask(rows.shape[1])
+        mask = span.mask.repeat(rows.shape[1], 1)
         weights = torch.baddbmm(mask, stacked, keys, alpha=scale).softmax(-1)
         if span.blind is not None:
             weights = weights.masked_fill(span.blind.repeat(rows.shape[1], 1), 0.0)

@@ -67,8 +67,9 @@ def replaying(sizes: list[int], log: list[str]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CompilationConfig, "resolve_cudagraph_mode_and_sizes", resolve)
         patch.setattr(CudaGraphManager, "capture", capture)
-        # The torch reference reads a tree's shape on the host; not once for all replays, then.
-        patch.setattr(TreeContext, "spans", property(TreeContext.__dict__["spans"].func))
+        # What a CPU runs reads a tree's shape on the host; not once for all replays, then.
+        for name in ("spans", "workspaces"):
+            patch.setattr(TreeContext, name, property(TreeContext.__dict__[name].func))
         patch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
         yield
 

@@ -41,6 +41,7 @@ CASES = {
     "draft_level": Case((9, 3), 64, 16, [33, 7, 90], [10, 10, 10], tail=[20, 50, 30]),
     "draft_level_two_words": Case((2, 1), 32, 16, [9, 70], [10, 10], tail=[90, 110]),
     "chain_of_one": Case((2, 2), prefix=[5, 0, 64], rows=[1, 1, 1]),
+    "one_row_of_one_head": Case((1, 1), prefix=[40, 3], rows=[1, 1]),
     "rows_below_max": Case((4, 2), prefix=[5, 40], rows=[2, 3], max_rows=61),
 }
 TOLERANCES = [

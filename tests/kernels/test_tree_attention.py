@@ -9,6 +9,8 @@ import torch
 
 from tests.kernels.attention_cases import (
     CASES,
+    CONTEXT,
+    DEVICE,
     FACTORS,
     FP8,
     TOLERANCE,
@@ -16,6 +18,7 @@ from tests.kernels.attention_cases import (
     UNTOUCHED,
     Case,
     build,
+    context_of,
     obvious_loop,
     of_setting,
     quick,
@@ -28,6 +31,7 @@ from vllm_griffin.kernels.tree_attention import (
     tree_attention_reference,
     tree_attention_triton,
 )
+from vllm_griffin.kernels.tree_attention_cpu import tree_attention_cpu
 
 GRID = pairwise(FACTORS, quick)
 
@@ -96,6 +100,69 @@ def test_a_split_prefix_is_the_reference(name, splits):
 def test_triton_is_the_reference_over_the_grid(setting):
     dtype = setting["dtype"]
     check_twins(build(of_setting(setting), dtype), *TOLERANCE[dtype], setting["splits"])
+
+
+on_a_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="a form for CPUs")
+
+
+@on_a_cpu
+@pytest.mark.parametrize("name", CASES)
+def test_the_form_for_a_cpu_is_the_reference(name):
+    check_cpu_form(CASES[name], torch.float32)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("setting", GRID, ids=[" ".join(map(str, s.values())) for s in GRID])
+def test_the_form_for_a_cpu_is_the_reference_over_the_grid(setting):
+    check_cpu_form(of_setting(setting), setting["dtype"])
+
+
+@on_a_cpu
+@pytest.mark.parametrize("name", QUANTISED)
+def test_the_form_for_a_cpu_scales_a_quantised_cache(name):
+    check_cpu_form(QUANTISED[name], torch.bfloat16)
+
+
+@on_a_cpu
+def test_layers_of_a_step_share_buffers_but_no_numbers():
+    """A second layer with other keys, values and queries; and one with other heads."""
+    x = build(Case(prefix=[40, 3], rows=[4, 6], tail_cached=True), torch.float32)
+    context = context_of(x)
+    other = build(Case(prefix=[40, 3], rows=[4, 6], tail_cached=True), torch.float32, seed=1)
+    heads = build(Case((6, 2), prefix=[40, 3], rows=[4, 6], tail_cached=True), torch.float32)
+    # In the same blocks.
+    other |= {"k_cache": x["k_cache"] * 2, "v_cache": x["v_cache"] - 1}
+    heads |= {"k_cache": x["k_cache"] + 1, "v_cache": x["v_cache"] * 3}
+    for layer in (x, other, heads, x):
+        expected = layer | {"out": layer["out"].clone()}
+        for name in CONTEXT:
+            expected[name] = x[name]
+        run(tree_attention_reference, expected)
+        tree_attention_cpu(*(layer[n] for n in OPERANDS), context, layer["scale"], layer["out"])
+        torch.testing.assert_close(layer["out"], expected["out"])
+
+
+def test_the_form_for_a_cpu_refuses_a_tail_that_is_not_cached():
+    with pytest.raises(AssertionError, match="reference"):
+        run_cpu_form(build(Case(), torch.float32))
+
+
+def check_cpu_form(case: Case, dtype: torch.dtype) -> None:
+    x = build(dataclasses.replace(case, tail=None, tail_cached=True), dtype)
+    twin = x | {"out": x["out"].clone()}
+    run(tree_attention_reference, x)
+    run_cpu_form(twin)
+    atol, rtol = TOLERANCE[dtype]
+    assert torch.isfinite(x["out"]).all()
+    torch.testing.assert_close(twin["out"], x["out"], atol=atol, rtol=rtol)
+
+
+OPERANDS = ("q", "k_cache", "v_cache")
+
+
+def run_cpu_form(x: dict) -> None:
+    operands = (x[name] for name in OPERANDS)
+    tree_attention_cpu(*operands, context_of(x), x["scale"], x["out"], x["scales"])
 
 
 def test_the_grid_holds_every_pair_of_values():

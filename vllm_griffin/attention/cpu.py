@@ -17,7 +17,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_griffin.attention.backends import TreeAttentionMixin
-from vllm_griffin.kernels.tree_attention import QuantScales
+from vllm_griffin.kernels.backend import use_triton
+from vllm_griffin.kernels.tree_attention import QuantScales, TreeContext
+from vllm_griffin.kernels.tree_attention_cpu import tree_attention_cpu
 
 PINNED_ISA = ("vec", "vec16")
 
@@ -43,12 +45,19 @@ class TreeCPUAttentionImpl(TreeAttentionMixin, CPUAttentionBackendImpl):
     """CPU attention with tree rows."""
 
     def split_cache(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the module's text for the layout."""
+        """See the module's text for the layout. Two views a call: every layer of every step asks."""
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-        halves = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * self.head_size)
-        keys = halves[:, :, 0].view(num_blocks, num_kv_heads, self.head_size, block_size)
-        values = halves[:, :, 1].view(num_blocks, num_kv_heads, block_size, self.head_size)
-        return keys.transpose(2, 3), values
+        shape = (num_blocks, num_kv_heads, block_size, self.head_size)
+        block, head, row, number = kv_cache.stride()
+        if row != 2 * self.head_size or number != 1:
+            raise ValueError(f"the rows of a head of the KV cache lie apart: {kv_cache.stride()}")
+        keys = kv_cache.as_strided(shape, (block, head, 1, block_size))
+        values = kv_cache.as_strided(
+            shape,
+            (block, head, self.head_size, 1),
+            kv_cache.storage_offset() + block_size * self.head_size,
+        )
+        return keys, values
 
     def quant_scales(self, layer: Any, query: torch.Tensor) -> QuantScales | None:
         """As vLLM's CPU attention takes them: of scales by key head the largest, for all heads."""
@@ -57,6 +66,23 @@ class TreeCPUAttentionImpl(TreeAttentionMixin, CPUAttentionBackendImpl):
         numbers = torch.tensor([layer._k_scale_float, layer._v_scale_float])
         k, v = numbers.unsqueeze(1).expand(-1, self.num_kv_heads)
         return QuantScales(k, v)
+
+    def attend_tree(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        scales: QuantScales | None,
+        attn_metadata: Any,
+        tree: TreeContext,
+        output: torch.Tensor,
+    ) -> None:
+        """Writes the tree rows of `output`: those of a verification in the CPU's own form."""
+        if use_triton(query.device) or not tree.tail_cached:
+            super().attend_tree(query, key, value, caches, scales, attn_metadata, tree, output)
+        else:
+            tree_attention_cpu(query, *caches, tree, self.scale, output, scales)
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):

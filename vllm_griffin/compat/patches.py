@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 
 # Fields that vLLM's own config has not; written down, since a plain engine loads no more of ours than this.
-OWN_FIELDS = ("tree_depth", "tree_top_k", "draft_vocab_size", "tree_acceptance", "tree_budget")
+OWN_FIELDS = (
+    "tree_depth",
+    "tree_top_k",
+    "draft_vocab_size",
+    "draft_quantization",
+    "tree_acceptance",
+    "tree_budget",
+)
 
 
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
