@@ -156,9 +156,12 @@ def report(
 
 
 def griffin(draft: Path, tree: str, **fields: Any) -> dict[str, Any]:
-    """A speculative config; tree is `auto`, or as `TreeShape` reads it."""
+    """A speculative config; tree is `auto` or as `TreeShape` reads it; ` int8` behind it: draft in 8 bits."""
     from vllm_griffin.tree_shape import TreeShape
 
+    if tree.endswith(" int8"):
+        tree = tree.removesuffix(" int8")
+        fields["draft_quantization"] = "int8"
     if tree != "auto":
         return TreeShape.parse(tree).speculative_config(str(draft)) | fields
     sizes = {"num_speculative_tokens_per_batch_size": "auto"}
@@ -172,7 +175,10 @@ def common(command: Any) -> Any:
         click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path)),
         click.option("--batches", default="1,2,4", callback=numbers, show_default=True),
         click.option(
-            "--tree", "trees", multiple=True, help="nodes,depth,top_k or auto; repeatable."
+            "--tree",
+            "trees",
+            multiple=True,
+            help="nodes,depth,top_k or auto, ' int8' behind it for a draft in 8 bits; repeatable.",
         ),
         click.option(
             "--starts",

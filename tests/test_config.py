@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm import envs
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -247,6 +248,23 @@ def test_a_tree_that_nobody_named_is_warned_of_on_a_cpu(
     make({"model": draft_with(tmp_path, **own)} | spec, max_num_seqs=2)
     assert len(said) == warned
     assert all("taking 59 nodes" in text and "--write-trees" in text for text in said)
+
+
+def test_eight_bits_are_for_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_griffin import config
+
+    spec = {"model": draft_with(tmp_path), "draft_quantization": "int8"}
+    said: list[str] = []
+    monkeypatch.setattr(config.logger, "warning", lambda text, *n: said.append(text % n))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for fast in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda fast=fast: fast)
+        monkeypatch.setattr(config, "current_platform", SimpleNamespace(is_cpu=lambda: True))
+        assert make(spec, max_num_seqs=2).speculative_config.draft_quantization == "int8"
+        assert sum("AVX-512 VNNI" in text for text in said) == (not fast)
+    monkeypatch.setattr(config, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    with pytest.raises(ValueError, match=r"draft_quantization'\]='int8' is for CPUs: leave it out"):
+        make(spec, max_num_seqs=2)
 
 
 @pytest.mark.parametrize(("cuda", "cache"), [(True, "fp8"), (True, "auto"), (False, "fp8")])

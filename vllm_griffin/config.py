@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+import torch
 from pydantic import Field, ValidationError
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.utils import config
@@ -37,7 +38,7 @@ SizesByBatch: TypeAlias = list[tuple[Whole, Whole, Whole]] | Literal["auto"]
 REFUSED_FIELDS: dict[str, str] = {
     "enforce_eager": "set enforce_eager for the whole engine",
     "tensor_parallel_size": "leave it out; the draft runs on the target's ranks",
-    "quantization": "leave it out; the draft runs in the target's dtype",
+    "quantization": "leave it out; on a CPU, draft_quantization has the draft in 8 bits",
     "moe_backend": "leave it out; the draft has no experts",
     "attention_backend": "leave it out; the draft uses the target's attention backend",
     "kv_cache_dtype": "leave it out; the draft's KV cache has the target's dtype",
@@ -95,6 +96,11 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
     """Draft from so many tokens only, the most frequent of the draft's training data, as its
     ``vocabulary.json`` ranks them. Default: the draft's config, else the whole vocabulary."""
 
+    draft_quantization: Literal["int8"] | None = None
+    """Multiply the draft's weights as 8-bit integers, but those of the layer that takes features and of
+    a head that is the target's: on CPUs only, where reading weights is much of a draft step. The target
+    stays as it is, and so do outputs. Default: the target's dtype."""
+
     tree_budget: Count | None = None
     """Nodes that a request verifies on average, below `num_speculative_tokens`, which is then the most that
     one can get: a step of B requests verifies the B * `tree_budget` nodes of all their trees that are the
@@ -114,6 +120,7 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
         self.trees = self._resolve_trees(checkpoint)
         self._check_sizes()
         self._check_budget()
+        self._check_quantization()
         self._resolve_rejection()
         target = self.target_model_config
         checkpoint.check_target(target.get_hidden_size(), target.get_vocab_size())
@@ -264,6 +271,20 @@ class GriffinSpeculativeConfig(SpeculativeConfig):
             raise ValueError(
                 f"tree_budget={self.tree_budget} must be below num_speculative_tokens="
                 f"{self.num_speculative_tokens}, the most nodes of one request"
+            )
+
+    def _check_quantization(self) -> None:
+        if self.draft_quantization is None:
+            return
+        if not current_platform.is_cpu():
+            raise ValueError(
+                f"speculative_config['draft_quantization']={self.draft_quantization!r} is for CPUs: "
+                "leave it out"
+            )
+        if not (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()):
+            logger.warning(
+                "griffin: this CPU has neither AVX-512 VNNI nor AMX, by which 8-bit numbers are multiplied "
+                "fast: compare draft_quantization with leaving it out"
             )
 
     def _resolve_rejection(self) -> None:

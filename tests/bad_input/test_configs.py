@@ -21,10 +21,10 @@ SIZES_FORM = (
     "it must be 'auto' or like [[1, 4, 59], [5, 16, 10]] (first and last batch size, nodes)"
 )
 KNOWN = (
-    "disable_eagle_block_drop, draft_tensor_parallel_size, draft_vocab_size, method, model, "
-    "num_speculative_tokens, num_speculative_tokens_per_batch_size, rejection_sample_method, "
-    "revision, synthetic_acceptance_length, synthetic_acceptance_rates, tree_acceptance, "
-    "tree_budget, tree_depth, tree_top_k"
+    "disable_eagle_block_drop, draft_quantization, draft_tensor_parallel_size, draft_vocab_size, "
+    "method, model, num_speculative_tokens, num_speculative_tokens_per_batch_size, "
+    "rejection_sample_method, revision, synthetic_acceptance_length, synthetic_acceptance_rates, "
+    "tree_acceptance, tree_budget, tree_depth, tree_top_k"
 )
 UNKNOWN = "is not a field of method 'griffin'"
 
@@ -90,6 +90,10 @@ SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens to draft": (
         {"draft_vocab_size": 0},
         f"{FIELD}['draft_vocab_size']=0: it must be greater than 0",
+    ),
+    "another quantisation": (
+        {"draft_quantization": "int4"},
+        f"{FIELD}['draft_quantization']='int4': it must be 'int8'",
     ),
     "no budget": (
         {"tree_budget": 0},

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,16 @@ def other_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return other
 
 
-def test_a_reduced_head_follows_reloaded_weights(other_target: Path) -> None:
+INT8 = pytest.param(
+    {"draft_quantization": "int8"},
+    marks=pytest.mark.skipif(torch.cuda.is_available(), reason="8 bits are for CPUs"),
+)
+
+
+@pytest.mark.parametrize("quantised", [{}, INT8])
+def test_a_reduced_head_follows_reloaded_weights(
+    other_target: Path, quantised: dict[str, str]
+) -> None:
     generator = torch.Generator().manual_seed(4)
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, detokenize=False)
     requests = [
@@ -50,14 +60,18 @@ def test_a_reduced_head_follows_reloaded_weights(other_target: Path) -> None:
     with recorded_gaps() as gaps, engine("other") as llm:
         plain = run(llm, requests)
     texts = {r.name: r.prompt + plain.tokens[r.name] for r in requests}
-    with engine("ranked", SPEC, **PROBE) as llm:
+    with engine("ranked", SPEC | quantised, **PROBE) as llm:
         before = run(llm, requests)
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other_target)})
         llm.reset_prefix_cache()
-        with oracle_trees(texts, VOCABULARY):
+        # Rounded numbers may be equal where exact ones are not.
+        with nullcontext() if quantised else oracle_trees(texts, VOCABULARY):
             after = run(llm, requests)
         ((whole, reduced),) = llm.collective_rpc("logits", args=(3,))
     assert before.tokens != after.tokens
     assert_lossless(requests, plain, gaps, after)
     wanted = torch.tensor(whole)[:, sorted(RANKING[:300])]
-    torch.testing.assert_close(torch.tensor(reduced), wanted)
+    if quantised:
+        assert not torch.equal(torch.tensor(reduced), wanted)
+    close = {"atol": 0.05 * float(wanted.std()), "rtol": 0.05} if quantised else {}
+    torch.testing.assert_close(torch.tensor(reduced), wanted, **close)

@@ -19,6 +19,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -37,6 +38,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_griffin.config import griffin_config
 from vllm_griffin.model.checkpoint import CheckpointError, DraftCheckpoint
+from vllm_griffin.model.int8 import Int8LinearMethod
 from vllm_griffin.model.layers import DraftLayer, PlainFusion, TokenGuidedFusion
 from vllm_griffin.model.layout import expected_shapes
 from vllm_griffin.model.level import TreeLevel
@@ -114,6 +116,8 @@ class GriffinDraftModel(nn.Module):
         self.lm_head: nn.Module | None = None
         # The draft's own part of it, made once: a captured CUDA graph reads it where it lies.
         self.reduced_head: nn.Module | None = None
+        # Of linear layers and `reduced_head`; a head that is the target's stays as it is.
+        self.int8 = False
         # [V_d] int64, ascending; None: the whole vocabulary
         self.draft_tokens: Tensor | None = None
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
@@ -177,6 +181,14 @@ class GriffinDraftModel(nn.Module):
             raise CheckpointError(f"{self.config.source}: missing key `{min(missing)}`")
         return loaded
 
+    def use_int8(self) -> None:
+        """Have linear layers multiplied in 8 bits (`vllm_griffin.model.int8`); before weights are loaded."""
+        self.int8 = True
+        takes_features = self.fc.fc if isinstance(self.fc, TokenGuidedFusion) else self.fc
+        for module in self.modules():
+            if isinstance(module, LinearBase) and module is not takes_features:
+                module.quant_method = Int8LinearMethod()
+
     def share_with_target(self, target_model: nn.Module) -> None:
         """Take the target's LM head, and its embedding unless the draft brings a different one.
 
@@ -201,6 +213,9 @@ class GriffinDraftModel(nn.Module):
         self.reduced_head = ParallelLMHead(
             len(tokens), self.config.hidden_size, bias=bias is not None
         )
+        if self.int8:
+            # `refresh_head` writes its rows again.
+            self.reduced_head.quant_method = Int8LinearMethod(keep_weight=True)
         self.draft_tokens = torch.tensor(tokens)
         self.refresh_head()
 
@@ -231,6 +246,10 @@ class GriffinDraftModel(nn.Module):
         self.logits_processor = LogitsProcessor(
             len(ids), scale=whole.scale, soft_cap=whole.soft_cap
         )
+        if self.int8:
+            processor: Any = self.logits_processor
+            # Another dtype would have it multiply the weight that is kept.
+            processor.head_dtype = None
 
     def target_tokens(self, rows: Tensor) -> Tensor:
         """Token ids of rows of the logits, int64 as they are."""
@@ -268,18 +287,23 @@ def load_draft_model(target_model: nn.Module, vllm_config: VllmConfig) -> Griffi
     with set_default_torch_dtype(target.dtype):
         with device, set_current_vllm_config(vllm_config, prefix=PREFIX):
             draft = GriffinDraftModel(vllm_config=vllm_config, checkpoint=checkpoint)
+        griffin = griffin_config(vllm_config)
+        if griffin is not None and griffin.draft_quantization == "int8":
+            draft.use_int8()
         if dummy:
             for param in draft.parameters():
                 initialize_single_dummy_weight(param)
         else:
             draft.load_weights(checkpoint.weights())
         process_weights_after_loading(draft, _draft_model_config(vllm_config), device)
-    griffin = griffin_config(vllm_config)
     vocabulary = checkpoint.vocabulary(griffin.draft_vocab_size if griffin else None)
     if vocabulary is not None:
         logger.info("griffin: drafting from the %d most frequent tokens", len(vocabulary))
     connect_draft(draft, target_model, vllm_config, vocabulary)
-    logger.info("griffin: loaded a %s draft from %s", checkpoint.layout.name, checkpoint.folder)
+    bits = ", in 8 bits" if draft.int8 else ""
+    logger.info(
+        "griffin: loaded a %s draft from %s%s", checkpoint.layout.name, checkpoint.folder, bits
+    )
     return draft.eval()
 
 

@@ -35,20 +35,24 @@ from vllm_griffin.model.level import TreeLevel
 
 
 def device_kernel(op: Any) -> Callable[..., Any]:
-    """An operation of vLLM's, on CUDA by its own kernel.
+    """An operation of vLLM's by the device's own kernel, where it has one.
 
     vLLM turns these kernels off for an engine that compiles its target; the draft is not compiled.
     """
-    kernel: Callable[..., Any] = op.forward_cuda if current_platform.is_cuda() else op
+    kernel: Callable[..., Any] = op
+    if current_platform.is_cuda():
+        kernel = op.forward_cuda
+    elif current_platform.is_cpu():
+        kernel = op.forward_cpu
     return kernel
 
 
 def add_and_norm(norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual), each [T, h], in one launch; may overwrite both inputs.
 
-    As `device_kernel`, where the norm's own form on CUDA is many launches, too.
+    As `device_kernel`; the norm's own form is many launches.
     """
-    if current_platform.is_cuda():
+    if current_platform.is_cuda() or current_platform.is_cpu():
         ops.fused_add_rms_norm(x, residual, norm.weight.data, norm.variance_epsilon)
         return x, residual
     normed, total = norm(x, residual)
