@@ -1,6 +1,7 @@
 """Twins of the kernels that keep the books of a batch, once or more per step and request.
 
-Each is a few loads and stores on a GPU; the interpreter takes a millisecond or two for each.
+Each is a few loads and stores on a GPU; the interpreter takes a millisecond or two for each. What goes
+request by request goes through numpy's views, as torch takes several times as long for a single number.
 ``idx_mapping`` maps a request's row in the batch to its slot in the persistent state; -1 marks a
 row without a request.
 """
@@ -8,6 +9,7 @@ row without a request.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def prepare_pos_seq_lens(
     computed = num_computed_tokens[idx_mapping]
     seq_lens[:num_reqs] = computed + lengths
     seq_lens[num_reqs:] = 0
-    shift = torch.repeat_interleave(computed - start, lengths)
+    shift = _each_repeated(computed - start, lengths)
     pos[: len(shift)] = shift + torch.arange(len(shift), dtype=shift.dtype)
 
 
@@ -78,22 +80,23 @@ def combine_sampled_and_draft_tokens(
 
     """
     assert num_new_sampled_tokens in (0, 1)
-    logits_indices = torch.empty(num_logits, dtype=torch.int64)
+    logits_indices = np.empty(num_logits, dtype=np.int64)
     ends, bounds = query_start_loc.tolist(), cu_num_logits.tolist()
-    lengths = seq_lens.tolist()
+    lengths, prefills = seq_lens.tolist(), prefill_len.numpy()
+    ids, sampled, drafted = input_ids.numpy(), last_sampled_tokens.numpy(), draft_tokens.numpy()
     for row, slot in enumerate(idx_mapping.tolist()):
         first, end = bounds[row], ends[row + 1]
         rows = bounds[row + 1] - first
-        logits_indices[first : first + rows] = torch.arange(end - rows, end)
-        prefill = int(prefill_len[slot])
+        logits_indices[first : first + rows] = np.arange(end - rows, end)
+        prefill = prefills[slot]
         if lengths[row] <= prefill:
             continue
         if num_new_sampled_tokens and lengths[row] - rows >= prefill:
-            input_ids[end - rows] = last_sampled_tokens.view(-1)[slot]
+            ids[end - rows] = sampled[slot, 0]
         drafts = rows - num_new_sampled_tokens
         if drafts > 0:
-            input_ids[end - drafts : end] = draft_tokens[slot, :drafts]
-    return logits_indices
+            ids[end - drafts : end] = drafted[slot, :drafts]
+    return torch.from_numpy(logits_indices)
 
 
 def get_num_sampled_and_rejected(
@@ -128,19 +131,20 @@ def post_update(
     slots = idx_mapping.tolist()
     sampled, rejected = num_sampled.tolist(), num_rejected.tolist()
     bounds = [0] * (len(slots) + 1) if query_start_loc is None else query_start_loc.tolist()
+    drawn, last, texts = sampled_tokens.numpy(), last_sampled_tokens.numpy(), all_token_ids.numpy()
+    lengths, computed = total_len.numpy(), num_computed_tokens.numpy()
     for row, slot in enumerate(slots):
         if slot < 0:
             continue
         if sampled[row] > 0:
-            tokens = sampled_tokens[row, : sampled[row]]
-            last_sampled_tokens.view(-1)[slot] = tokens[-1]
-            start = int(total_len[slot])
-            all_token_ids[slot, start : start + len(tokens)] = tokens
-            total_len[slot] += len(tokens)
+            tokens = drawn[row, : sampled[row]]
+            last[slot, 0] = tokens[-1]
+            start = lengths[slot]
+            texts[slot, start : start + len(tokens)] = tokens
+            lengths[slot] += len(tokens)
             if output_bin_counts is not None:
-                ones = torch.ones_like(tokens, dtype=output_bin_counts.dtype)
-                output_bin_counts[slot].index_add_(0, tokens.long(), ones)
-        num_computed_tokens[slot] += bounds[row + 1] - bounds[row] - rejected[row]
+                np.add.at(output_bin_counts[slot].numpy(), tokens, 1)
+        computed[slot] += bounds[row + 1] - bounds[row] - rejected[row]
 
 
 def expand_idx_mapping(
@@ -151,8 +155,8 @@ def expand_idx_mapping(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each logits row's slot, and its number within its request: both ``[total_num_logits]``."""
     start, rows = _spans(cu_num_logits, idx_mapping.shape[0])
-    local = torch.arange(total_num_logits) - torch.repeat_interleave(start, rows)
-    return torch.repeat_interleave(idx_mapping, rows), local.to(torch.int32)
+    local = torch.arange(total_num_logits) - _each_repeated(start, rows)
+    return _each_repeated(idx_mapping, rows), local.to(torch.int32)
 
 
 def gather_block_tables(
@@ -166,10 +170,14 @@ def gather_block_tables(
     tables = tuple(self.input_block_tables) if out is None else out
     slots = idx_mapping.tolist()
     for group, table in enumerate(tables):
-        source, num_blocks = self.block_tables[group].gpu, self.num_blocks.gpu[group].tolist()
+        source, num_blocks = (
+            self.block_tables[group].gpu.numpy(),
+            self.num_blocks.gpu[group].tolist(),
+        )
+        gathered = table.numpy()
         for row, slot in enumerate(slots):
-            table[row, : num_blocks[slot]] = source[slot, : num_blocks[slot]]
-        table[len(slots) : num_reqs_padded] = 0
+            gathered[row, : num_blocks[slot]] = source[slot, : num_blocks[slot]]
+        gathered[len(slots) : num_reqs_padded] = 0
     return tuple(table[:num_reqs_padded] for table in tables)
 
 
@@ -190,7 +198,7 @@ def compute_slot_mappings(
         )
     slot_mappings = self.slot_mappings if out is None else out
     _, lengths = _spans(query_start_loc, idx_mapping.shape[0])
-    slots = torch.repeat_interleave(idx_mapping, lengths).long()
+    slots = _each_repeated(idx_mapping, lengths).long()
     num_tokens = len(slots)
     positions = positions[:num_tokens].long()
     for group in range(self.num_kv_cache_groups):
@@ -240,3 +248,8 @@ def _spans(cumulative: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
     """Start and length of each of the first ``count`` spans."""
     start = cumulative[:count]
     return start, cumulative[1 : count + 1] - start
+
+
+def _each_repeated(values: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """As `torch.repeat_interleave`, which wakes all threads for a handful of numbers."""
+    return torch.from_numpy(np.repeat(values.numpy(), times.numpy()))
