@@ -53,6 +53,12 @@ def test_toy_study(alignment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     results = tmp_path / "results"
     toy = study.Study(TARGET, tmp_path / "work", results, (2, 2), common, later, evaluation)
     rows = [row for row in real_rows(2.0) if row.name in ("EAGLE-2", "GRIFFIN")]
+
+    def in_this_process(*arguments: object) -> None:
+        main([*map(str, arguments)], standalone_mode=False)
+
+    # Each of the six commands would import all that this process has.
+    monkeypatch.setattr(study, "vllm_griffin", in_this_process)
     toy.run(rows, {"": data}, {0})
     for row in rows:
         record = json.loads((results / f"{study.slug(row.name)}-0.json").read_text())
