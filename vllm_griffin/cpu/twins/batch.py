@@ -216,6 +216,9 @@ def compute_slot_mappings(
 
 def apply_write(self: "StagedWriteTensor") -> None:
     """Writes what was staged, row by row and in order."""
+    # Most steps stage nothing.
+    if not self._staged_write_indices:
+        return
     flat = self.gpu.view(-1)
     stride = self.gpu.stride(0)
     contents = torch.tensor(self._staged_write_contents, dtype=self.dtype)
