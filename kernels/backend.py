@@ -70,5 +70,5 @@ def dispatched(reference: Callable[P, R], kernel: Callable[..., R]) -> Callable[
 def describe(device: torch.device) -> str:
     """Name of the implementation that runs on ``device``, for logs and reports."""
     if not use_triton(device):
-        return "torch references"
+        return "torch"
     return "Triton kernels in the interpreter" if interpreted() else "Triton kernels"

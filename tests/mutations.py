@@ -195,6 +195,20 @@ MUTATIONS = (
         "if speculative_config is None:",
         EQUALITY + "test_another_method_refuses_what_griffin_honours",
     ),
+    Mutation(
+        "on a CPU, tree rows see their siblings",
+        "kernels/tree_attention_cpu.py",
+        "        space.tail_scores.add_(space.tail_mask)\n",
+        "",
+        "tests/kernels/test_tree_attention.py::test_layers_of_a_step_share_buffers_but_no_numbers",
+    ),
+    Mutation(
+        "on a CPU, rows of two requests are copied into the cache as one's",
+        "vllm_griffin/attention/cpu.py",
+        " and slots == [*range(first, first + rows)]:",
+        ":",
+        "tests/cpu/test_cache_rows.py::test_the_cache_is_as_vllms_op_leaves_it",
+    ),
 )
 
 

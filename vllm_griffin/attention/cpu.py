@@ -22,7 +22,8 @@ from vllm_griffin.kernels.tree_attention import QuantScales, TreeContext
 from vllm_griffin.kernels.tree_attention_cpu import tree_attention_cpu
 
 PINNED_ISA = ("vec", "vec16")
-# Rows of a step that are written to the cache by copies: the two threads of vLLM's op share their lines.
+# Rows of one request that are copied into the cache. Neighbours lie in the same cache lines, to which the
+# threads of vLLM's op would all write.
 COPIED_ROWS = 16
 
 
@@ -46,19 +47,9 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 class TreeCPUAttentionImpl(TreeAttentionMixin, CPUAttentionBackendImpl):
     """CPU attention with tree rows."""
 
-    # The cache that `kv_views` was asked for last, and its views
-    _viewed: torch.Tensor | None = None
-    _views: tuple[torch.Tensor, torch.Tensor]
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kernels_demanded = use_triton(torch.device("cpu"))
-
-    def kv_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the mixin's; made once for a cache, as every layer of every step asks."""
-        if kv_cache is not self._viewed:
-            self._viewed, self._views = kv_cache, super().kv_views(kv_cache)
-        return self._views
 
     def do_kv_cache_update(
         self,
@@ -68,20 +59,23 @@ class TreeCPUAttentionImpl(TreeAttentionMixin, CPUAttentionBackendImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """As vLLM's; the few rows of a single request are copied, which takes half the time."""
-        rows = len(slot_mapping)
-        if 1 < rows <= COPIED_ROWS and not self.quantised_cache:
+        """As vLLM's; the few rows of a single request are copied."""
+        rows = slot_mapping.shape[0]
+        if 1 < rows <= COPIED_ROWS:
             slots = slot_mapping.tolist()
-            block, place = divmod(slots[0], kv_cache.shape[2])
-            end = place + rows
-            if end <= kv_cache.shape[2] and slots == [*range(slots[0], slots[0] + rows)]:
-                for cache, new in zip(self.kv_views(kv_cache), (key, value), strict=True):
-                    cache[block, :, place:end].copy_(new[:rows].transpose(0, 1))
-                return
+            first = slots[0]
+            # Of several requests the first test mostly fails, and makes no list.
+            if slots[-1] - first == rows - 1 and slots == [*range(first, first + rows)]:
+                block, place = divmod(first, kv_cache.shape[2])
+                end = place + rows
+                if end <= kv_cache.shape[2] and not self.quantised_cache:
+                    for cache, new in zip(self.kv_views(kv_cache), (key, value), strict=True):
+                        cache[block, :, place:end].copy_(new.transpose(0, 1))
+                    return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
     def split_cache(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the module's text for the layout."""
+        """See the module's text for the layout. Two views a call: every layer of every step asks."""
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
         shape = (num_blocks, num_kv_heads, block_size, self.head_size)
         block, head, row, number = kv_cache.stride()

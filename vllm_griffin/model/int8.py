@@ -1,4 +1,4 @@
-"""A draft's linear layers in 8 bits, for CPUs: a draft step is little but reading its weights.
+"""A draft's linear layers in 8 bits, for CPUs, where reading weights is much of a draft step.
 
 Weights are rounded once, with a scale for each output; activations in each call, with one for each row.
 The target verifies with its own weights, so this changes no output, only what is accepted. The layer that
@@ -14,8 +14,8 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 LARGEST = 127
-# Kernels that oneDNN keeps for a layer, one for each number of rows: as many as for vLLM's own layers.
-KERNELS = 32
+# Primitives that oneDNN keeps for layers of one shape, one for each number of rows; vLLM's own have as many.
+PRIMITIVES = 32
 
 
 class Int8LinearMethod(UnquantizedLinearMethod):
@@ -37,7 +37,7 @@ class Int8LinearMethod(UnquantizedLinearMethod):
         layer.weight_scales = largest.clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
         rounded = (weight / layer.weight_scales).round_().to(torch.int8)
         layer.packed_weight = ops.create_onednn_scaled_mm(
-            rounded.t(), layer.weight_scales, weight.dtype, True, False, KERNELS
+            rounded.t(), layer.weight_scales, weight.dtype, True, False, PRIMITIVES
         )
         if not self.keep_weight:
             layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)

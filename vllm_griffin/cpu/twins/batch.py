@@ -1,6 +1,6 @@
 """Twins of the kernels that keep the books of a batch, once or more per step and request.
 
-Each is a few loads and stores on a GPU; the interpreter takes a millisecond or two for each. What goes
+Each is a few loads and stores on a GPU; the interpreter takes a millisecond or two for each. What decodes do
 request by request goes through numpy's views, as torch takes several times as long for a single number.
 ``idx_mapping`` maps a request's row in the batch to its slot in the persistent state; -1 marks a
 row without a request.
