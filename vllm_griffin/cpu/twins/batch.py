@@ -54,11 +54,12 @@ def prepare_pos_seq_lens(
     """Positions of this step's tokens, and the sequence lengths with them."""
     num_reqs = idx_mapping.shape[0]
     start, lengths = _spans(query_start_loc, num_reqs)
-    computed = num_computed_tokens[idx_mapping]
-    seq_lens[:num_reqs] = computed + lengths
-    seq_lens[num_reqs:] = 0
-    shift = _each_repeated(computed - start, lengths)
-    pos[: len(shift)] = shift + torch.arange(len(shift), dtype=shift.dtype)
+    computed = num_computed_tokens.numpy()[idx_mapping.numpy()]
+    whole = seq_lens.numpy()
+    whole[:num_reqs] = computed + lengths
+    whole[num_reqs:] = 0
+    shift = np.repeat(computed - start, lengths)
+    pos.numpy()[: len(shift)] = shift + np.arange(len(shift))
 
 
 def combine_sampled_and_draft_tokens(
@@ -108,11 +109,12 @@ def get_num_sampled_and_rejected(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Takes back, in place, what was sampled before a prompt's end; counts the rejected rows."""
     num_reqs = idx_mapping.shape[0]
-    prefilling = seq_lens[:num_reqs] < prefill_len[idx_mapping]
-    num_sampled.masked_fill_(prefilling, 0)
+    prefilling = seq_lens.numpy()[:num_reqs] < prefill_len.numpy()[idx_mapping.numpy()]
+    sampled = num_sampled.numpy()
+    sampled[prefilling] = 0
     _, rows = _spans(cu_num_logits, num_reqs)
-    num_rejected = (rows - num_sampled).masked_fill(prefilling, 0)
-    return num_sampled, num_rejected.to(num_sampled.dtype)
+    rejected = np.where(prefilling, 0, rows - sampled).astype(sampled.dtype)
+    return num_sampled, torch.from_numpy(rejected)
 
 
 def post_update(
@@ -155,8 +157,9 @@ def expand_idx_mapping(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each logits row's slot, and its number within its request: both ``[total_num_logits]``."""
     start, rows = _spans(cu_num_logits, idx_mapping.shape[0])
-    local = torch.arange(total_num_logits) - _each_repeated(start, rows)
-    return _each_repeated(idx_mapping, rows), local.to(torch.int32)
+    local = np.arange(total_num_logits) - np.repeat(start, rows)
+    slots = np.repeat(idx_mapping.numpy(), rows)
+    return torch.from_numpy(slots), torch.from_numpy(local.astype(np.int32))
 
 
 def gather_block_tables(
@@ -198,19 +201,18 @@ def compute_slot_mappings(
         )
     slot_mappings = self.slot_mappings if out is None else out
     _, lengths = _spans(query_start_loc, idx_mapping.shape[0])
-    slots = _each_repeated(idx_mapping, lengths).long()
+    slots = np.repeat(idx_mapping.numpy(), lengths)
     num_tokens = len(slots)
-    positions = positions[:num_tokens].long()
+    places, mappings = positions.numpy()[:num_tokens], slot_mappings.numpy()
     for group in range(self.num_kv_cache_groups):
-        slot_mappings[group, num_tokens:] = _PAD_SLOT
+        mappings[group, num_tokens:] = _PAD_SLOT
         if not self._slot_mapping_enabled[group]:
-            slot_mappings[group, :num_tokens] = _PAD_SLOT
+            mappings[group, :num_tokens] = _PAD_SLOT
             continue
-        table, size = self.block_tables[group].gpu, self.block_sizes[group]
+        table, size = self.block_tables[group].gpu.numpy(), self.block_sizes[group]
         # The kernel reads past a row whose position has no block; here it is the last one's.
-        index = (positions // size).clamp_(max=table.shape[1] - 1)
-        mapped = table[slots, index] * size + positions % size
-        slot_mappings[group, :num_tokens] = mapped.masked_fill_(slots < 0, _PAD_SLOT)
+        block = table[slots, np.minimum(places // size, table.shape[1] - 1)].astype(np.int64)
+        mappings[group, :num_tokens] = np.where(slots < 0, _PAD_SLOT, block * size + places % size)
     return slot_mappings[:, :num_tokens_padded]
 
 
@@ -247,12 +249,7 @@ def apply(
         apply_write(tensor)
 
 
-def _spans(cumulative: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _spans(cumulative: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Start and length of each of the first ``count`` spans."""
-    start = cumulative[:count]
-    return start, cumulative[1 : count + 1] - start
-
-
-def _each_repeated(values: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """As `torch.repeat_interleave`, which wakes all threads for a handful of numbers."""
-    return torch.from_numpy(np.repeat(values.numpy(), times.numpy()))
+    bounds = cumulative.numpy()[: count + 1]
+    return bounds[:-1], bounds[1:] - bounds[:-1]
