@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py --output docs/results/kernels.json
 
-On a GPU the Triton kernels are timed, on a CPU what runs there: the torch references, and for attention its
-own form. The floor is the bytes of an op's arguments and results (of tree attention: the context and what
-the tree adds) over the bandwidth of a large copy on the same machine. Tree attention also stands beside the
+On a GPU the Triton kernels are timed, on a CPU what runs there: the torch references, or a form of its
+own. The floor is the bytes of an op's arguments and results (of tree attention: the context and what the
+tree adds) over the bandwidth of a large copy on the same machine. Tree attention also stands beside the
 engine's own attention of a chain of as many rows (FlashAttention on a GPU, vLLM's CPU kernel on a CPU), and
 beside its other form, the prefix by FlashAttention (a stand-in on a CPU, which is no result). Default shape:
 Llama-3-8B with its draft. Prints a table; writes JSON, Markdown and a picture.
@@ -30,12 +30,14 @@ from vllm_griffin.kernels import (
     kv_compaction,
     path_ranks,
     token_fusion,
+    top_tokens,
     tree_growth,
     tree_order,
     verify,
 )
 from vllm_griffin.kernels import tree_attention as attention
 from vllm_griffin.kernels.packed_bits import num_words
+from vllm_griffin.kernels.token_fusion_cpu import fusion_norms_cpu
 from vllm_griffin.kernels.tree_attention_cpu import tree_attention_cpu
 from vllm_griffin.tree import TreeGrower
 
@@ -54,6 +56,7 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+    vocabulary: int
     block_size: int
     nodes: int
     depth: int
@@ -137,9 +140,15 @@ def cases_of_any_context(shape: Shape) -> Iterator[Case]:
     yield from tree_cases(shape, trees(shape))
     yield compaction_case(shape)
     rows = shape.batch * shape.top_k
-    wide = torch.randn(2, rows, shape.hidden, device=DEVICE).to(shape.dtype)
+    wide = torch.randn(3, rows, shape.hidden, device=DEVICE).to(shape.dtype)
     arguments = (*wide, wide[0, 0], wide[1, 0], 1e-5)
-    yield case("fusion norms", token_fusion, "fusion_norms", arguments)
+    norms = case("fusion norms", token_fusion, "fusion_norms", arguments)
+    if backend.runs_own_form(DEVICE):
+        own = functools.partial(fusion_norms_cpu, *arguments)
+        norms = dataclasses.replace(norms, run=own, reference=norms.run)
+    yield norms
+    logits = torch.randn(rows, shape.vocabulary, device=DEVICE).to(shape.dtype)
+    yield case("top tokens", top_tokens, "top_tokens", (logits, shape.top_k))
 
 
 def attention_case(shape: Shape) -> Case:
@@ -177,7 +186,7 @@ def attention_case(shape: Shape) -> Case:
         *(flash(), q, *views(cache, shape), context, query_start, shape.rows, shape.context),
         *(scale, out),
     )
-    if not backend.use_triton(DEVICE):
+    if backend.runs_own_form(DEVICE):
         on_cpu = functools.partial(tree_attention_cpu, q, *views(cache, shape), context, scale, out)
         found = dataclasses.replace(found, run=on_cpu, reference=found.run)
     return dataclasses.replace(found, prefix=from_prefix)
@@ -333,6 +342,7 @@ def bandwidth(repeats: int) -> float:
 @click.option("--layers", default=32, show_default=True)
 @click.option("--heads", default=(32, 8), show_default=True, type=(int, int), help="Queries, keys.")
 @click.option("--head-dim", default=128, show_default=True)
+@click.option("--vocabulary", default=128256, show_default=True, help="That is drafted from.")
 @click.option("--block-size", default=16, show_default=True)
 @click.option("--tree", default="59,6,10", callback=numbers, show_default=True)
 @click.option("--batches", default="1,8,32", callback=numbers, show_default=True)
@@ -350,6 +360,7 @@ def main(
     layers: int,
     heads: tuple[int, int],
     head_dim: int,
+    vocabulary: int,
     block_size: int,
     tree: list[int],
     batches: list[int],
@@ -365,8 +376,8 @@ def main(
     rows = []
     for batch in batches:
         shape = Shape(
-            *(hidden, layers, *heads, head_dim, block_size, *tree, getattr(torch, dtype)),
-            *(batch, contexts[0]),
+            *(hidden, layers, *heads, head_dim, vocabulary, block_size, *tree),
+            *(getattr(torch, dtype), batch, contexts[0]),
         )
         for context in contexts:
             longer = dataclasses.replace(shape, context=context)

@@ -1,8 +1,8 @@
 """Which implementation of the ops in this package runs: Triton kernels or torch references.
 
-Every op ships twice. The torch reference is the specification and the production path on CPUs (but for
-the attention of verifications, `tree_attention_cpu`); the Triton kernel is that on GPUs.
-``VLLM_GRIFFIN_KERNELS`` overrides the choice: ``auto`` (default), ``torch`` or ``triton``.
+Every op ships twice. The torch reference is the specification and the production path on CPUs, where a few
+ops have a faster form of their own; the Triton kernel is that on GPUs. ``VLLM_GRIFFIN_KERNELS`` overrides the
+choice: ``auto`` (default), ``torch`` or ``triton``.
 """
 
 import functools
@@ -51,6 +51,11 @@ def use_triton(device: torch.device) -> bool:
             f"TRITON_INTERPRET=1 before the process starts, or {ENV}=torch"
         )
     return choice == "triton"
+
+
+def runs_own_form(device: torch.device) -> bool:
+    """Whether ops that have a form of their own for CPUs run as that; any demand is for the other two."""
+    return device.type == "cpu" and _choice() == "auto"
 
 
 def dispatched(reference: Callable[P, R], kernel: Callable[..., R]) -> Callable[P, R]:

@@ -179,12 +179,12 @@ def test_times_of_kernels(tmp_path: Path) -> None:
         "kernels.py",
         *("--hidden", "64", "--layers", "2", "--heads", "4", "2", "--head-dim", "32"),
         *("--tree", "7,3,3", "--batches", "1,2", "--contexts", "20,40", "--repeats", "2"),
-        *("--block-size", "32", "--dtype", "float32"),
+        *("--block-size", "32", "--vocabulary", "500", "--dtype", "float32"),
     )
     rows = record["rows"]
     assert {row["op"] for row in rows} == {
         *("tree attention", "advance frontier", "order tree", "walk", "path ranks"),
-        *("KV compaction", "fusion norms"),
+        *("KV compaction", "fusion norms", "top tokens"),
     }
     attention = [row for row in rows if row["op"] == "tree attention"]
     assert [(row["batch"], row["context"]) for row in attention] == [

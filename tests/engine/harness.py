@@ -68,7 +68,7 @@ def engine(
     async_scheduling: bool = False,
     processes: bool = False,
     fresh: bool = False,
-    kernels: str = "torch",
+    kernels: str = "auto",
     trace: Path | None = None,
     **kwargs: Any,
 ) -> Iterator[LLM]:

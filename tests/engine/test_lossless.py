@@ -27,7 +27,7 @@ VALUES = {
     "async_scheduling": (False, True),
     "small_cache": (False, True),
     "processes": (False, True),
-    "kernels": ("torch", "triton"),
+    "kernels": ("auto", "triton"),
 }
 
 
@@ -46,19 +46,19 @@ class Setting(NamedTuple):
 
 # 13 configurations that hold every valid pair of values (a test below counts them).
 SETTINGS = [
-    ("tiny", Setting(1, 6, 1, False, True, False, False, "torch")),
-    ("tiny", Setting(12, 3, 10, True, False, True, True, "torch")),
+    ("tiny", Setting(1, 6, 1, False, True, False, False, "auto")),
+    ("tiny", Setting(12, 3, 10, True, False, True, True, "auto")),
     ("golden-a", Setting(7, 1, 10, True, False, False, False, "triton")),
     ("tiny", Setting(7, 3, 4, False, True, True, True, "triton")),
-    ("tiny", Setting(59, 6, 4, True, False, False, True, "torch")),
+    ("tiny", Setting(59, 6, 4, True, False, False, True, "auto")),
     ("tiny", Setting(1, 1, 1, False, False, True, True, "triton")),
-    ("golden-b", Setting(59, 3, 10, False, True, True, False, "torch")),
+    ("golden-b", Setting(59, 3, 10, False, True, True, False, "auto")),
     ("golden-b", Setting(12, 6, 4, False, True, False, False, "triton")),
-    ("golden-a", Setting(1, 1, 10, True, True, False, False, "torch")),
-    ("golden-a", Setting(7, 6, 10, False, True, True, False, "torch")),
-    ("golden-b", Setting(1, 3, 1, True, False, False, False, "torch")),
-    ("golden-a", Setting(1, 1, 4, False, True, True, False, "torch")),
-    ("tiny", Setting(59, 6, 10, True, True, True, False, "torch")),
+    ("golden-a", Setting(1, 1, 10, True, True, False, False, "auto")),
+    ("golden-a", Setting(7, 6, 10, False, True, True, False, "auto")),
+    ("golden-b", Setting(1, 3, 1, True, False, False, False, "auto")),
+    ("golden-a", Setting(1, 1, 4, False, True, True, False, "auto")),
+    ("tiny", Setting(59, 6, 10, True, True, True, False, "auto")),
 ]
 VOCABULARY = {"golden-a": 512, "golden-b": 512, "tiny": 2048}
 # Small enough that long prompts take several chunks and full batches have their trees trimmed.
@@ -69,7 +69,7 @@ PROMPT_LENGTHS = (1, 2, 3, 150, 31, 32, 33, 160, 64, 127, 128, 200, 129, 5, 40, 
 
 def _valid(setting: Setting) -> bool:
     fits = setting.num_nodes <= max_tree_nodes(setting.depth, setting.top_k)
-    return fits and (setting.kernels == "torch" or setting.num_nodes <= 12)
+    return fits and (setting.kernels == "auto" or setting.num_nodes <= 12)
 
 
 def _pairs(setting: Setting) -> set[tuple[object, ...]]:
@@ -162,5 +162,5 @@ def test_lossless(pair: str, setting: Setting, plain: dict) -> None:
     )
     if not setting.processes:
         assert outcome.acceptance_length > 1.2
-    if setting.small_cache and setting.kernels == "torch":
+    if setting.small_cache and setting.kernels == "auto":
         assert outcome.metrics["vllm:num_preemptions"] > 0

@@ -45,7 +45,7 @@ def test_no_part_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
     params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, detokenize=False)
     requests = [Request(f"r{i}", list(range(7 + i, 40 + i)), params) for i in range(3)]
-    with engine("tiny", {"num_speculative_tokens": 12}, kernels="auto") as llm:
+    with engine("tiny", {"num_speculative_tokens": 12}) as llm:
         # Kernels are compiled in the first steps.
         run(llm, requests)
         strict = True

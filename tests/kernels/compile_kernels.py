@@ -19,6 +19,7 @@ from triton.runtime import driver
 from vllm_griffin.kernels.kv_compaction import PagedCaches, compact_kv_triton
 from vllm_griffin.kernels.path_ranks import path_ranks_triton
 from vllm_griffin.kernels.token_fusion import fusion_norms_triton
+from vllm_griffin.kernels.top_tokens import top_tokens_triton
 from vllm_griffin.kernels.tree_attention import (
     QuantScales,
     TreeContext,
@@ -113,6 +114,7 @@ def main(capability: int) -> None:
         tree_attention(4, torch.bfloat16, 128, False, torch.float8_e4m3fn)
         tree_attention(1, torch.float16, 64, True, torch.float8_e4m3fn, True)
         tree_tail(torch.bfloat16, 64, True, torch.float8_e4m3fn, True)
+    top_tokens_triton(zeros(10, 128256, dtype=torch.bfloat16), 10)
     level = zeros(2, 10, 10, dtype=torch.float32), zeros(2, 10, 10, dtype=LONG)
     advance_frontier_triton(*level, level[0][:, 0], level[1][:, :, :1], 10, 10)
     pool = zeros(2, 510, dtype=LONG), zeros(2, 510, dtype=torch.float32), zeros(2, 510)
@@ -128,7 +130,7 @@ def main(capability: int) -> None:
     caches = PagedCaches([cache.mT.contiguous().mT], [cache])
     compact_kv_triton(caches, sampled, zeros(2), zeros(2, 7), zeros(2))
     a = zeros(3, 3584, dtype=torch.bfloat16)
-    fusion_norms_triton(a, a, a[0], a[0], 1e-6)
+    fusion_norms_triton(a, a, a, a[0], a[0], 1e-6)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,23 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("choice", "on_cpu", "on_cuda"),
-    [(None, False, True), ("auto", False, True), ("torch", False, False), ("triton", True, True)],
+    ("choice", "own_form", "on_cpu", "on_cuda"),
+    [
+        (None, True, False, True),
+        ("auto", True, False, True),
+        ("torch", False, False, False),
+        ("triton", False, True, True),
+    ],
 )
-def test_choice(monkeypatch, choice, on_cpu, on_cuda):
+def test_choice(monkeypatch, choice, own_form, on_cpu, on_cuda):
     monkeypatch.setattr(backend, "interpreted", lambda: True)
     monkeypatch.delenv(backend.ENV, raising=False)
     if choice is not None:
         monkeypatch.setenv(backend.ENV, choice)
     assert backend.use_triton(CPU) is on_cpu
     assert backend.use_triton(CUDA) is on_cuda
+    assert backend.runs_own_form(CPU) is own_form
+    assert not backend.runs_own_form(CUDA)
 
 
 def test_unknown_choice_names_variable_and_values(monkeypatch):

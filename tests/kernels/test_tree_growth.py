@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_griffin.kernels.packed_bits import num_words, unpack_bits
+from vllm_griffin.kernels.top_tokens import top_tokens_reference
 from vllm_griffin.kernels.tree_growth import (
     AdvancedFrontier,
     advance_frontier_reference,
     advance_frontier_triton,
 )
 from vllm_griffin.kernels.tree_order import OrderedTree, order_tree_reference, order_tree_triton
-from vllm_griffin.tree import TreeGrower, top_children
+from vllm_griffin.tree import TreeGrower
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Ties, impossible children, broken log-probabilities, and values a softmax cannot give.
@@ -261,9 +262,9 @@ def test_no_tree_is_better_for_a_width_above_its_nodes(nodes):
 
     def grow(width: int) -> OrderedTree:
         grower = TreeGrower(3, width, torch.device("cpu"))
-        frontier = grower.begin(*top_children(logits[0, :1], width))
+        frontier = grower.begin(*top_tokens_reference(logits[0, :1], width))
         for level in logits[1:]:
-            logprobs, tokens = top_children(level[frontier.tokens[0]], width)
+            logprobs, tokens = top_tokens_reference(level[frontier.tokens[0]], width)
             shape = (1, width, width)
             frontier = grower.advance(frontier, logprobs.view(shape), tokens.view(shape))
         return grower.finish(nodes)

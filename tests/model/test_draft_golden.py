@@ -63,7 +63,9 @@ def test_on_cuda_each_operation_is_one_kernel(load, expected, monkeypatch):
         residual += x
         x.copy_(residual * (residual.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight)
 
-    monkeypatch.setattr(layers, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(
+        layers, "current_platform", SimpleNamespace(is_cuda=lambda: True, device_type="cuda")
+    )
     monkeypatch.setattr(layers.ops, "fused_add_rms_norm", add_and_norm)
     monkeypatch.setattr(RotaryEmbedding, "forward_cuda", rotate)
     monkeypatch.setattr(SiluAndMul, "forward_cuda", activate)

@@ -212,6 +212,12 @@ def rank_weights(
     parts = {k: half(k, d) for k, d in (split_rows | split_columns).items() if k in weights}
     whole = [k for k in weights if k.startswith("fc.") and k not in parts]
     parts |= {k: weights[k] for k in [*whole, "layers.0.post_attention_layernorm.weight"]}
+    # The linear over (embedding, feature) is two, of which the first has the bias.
+    pair = "fc.fc" if "fc.fc.weight" in parts else "fc"
+    columns = parts.pop(f"{pair}.weight").chunk(2, 1)
+    parts |= {f"{pair}.token.weight": columns[0], f"{pair}.feature.weight": columns[1]}
+    if f"{pair}.bias" in parts:
+        parts[f"{pair}.token.bias"] = parts.pop(f"{pair}.bias")
     for kind in ("weight", "bias"):
         if f"layers.0.self_attn.q_proj.{kind}" in weights:
             qkv = [half(f"layers.0.self_attn.{x}_proj.{kind}") for x in "qkv"]

@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_griffin.attention.backends import TreeAttentionMixin
-from vllm_griffin.kernels.backend import use_triton
+from vllm_griffin.kernels.backend import runs_own_form
 from vllm_griffin.kernels.tree_attention import QuantScales, TreeContext
 from vllm_griffin.kernels.tree_attention_cpu import tree_attention_cpu
 
@@ -49,7 +49,7 @@ class TreeCPUAttentionImpl(TreeAttentionMixin, CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kernels_demanded = use_triton(torch.device("cpu"))
+        self.own_form = runs_own_form(torch.device("cpu"))
 
     def do_kv_cache_update(
         self,
@@ -109,10 +109,10 @@ class TreeCPUAttentionImpl(TreeAttentionMixin, CPUAttentionBackendImpl):
         output: torch.Tensor,
     ) -> None:
         """Writes the tree rows of `output`: those of a verification in the CPU's own form."""
-        if self.kernels_demanded or not tree.tail_cached:
-            super().attend_tree(query, key, value, caches, scales, attn_metadata, tree, output)
-        else:
+        if self.own_form and tree.tail_cached:
             tree_attention_cpu(query, *caches, tree, self.scale, output, scales)
+        else:
+            super().attend_tree(query, key, value, caches, scales, attn_metadata, tree, output)
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):

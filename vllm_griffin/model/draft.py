@@ -49,6 +49,8 @@ logger = init_logger("vllm.griffin.draft")
 PREFIX = "griffin_draft"
 # Unit vectors through the target's LM head at a time: each gives a row as wide as the vocabulary.
 UNIT_ROWS = 256
+# Checkpoint module -> ours for the left and the right half of its input; the left one has the bias.
+PAIRS = {module: (f"{module}.token", f"{module}.feature") for module in ("fc", "fc.fc")}
 # Checkpoint module -> (vLLM's stacked module, shard of it).
 STACKED: dict[str, tuple[str, str | int]] = {
     "layers.0.self_attn.q_proj": ("layers.0.self_attn.qkv_proj", "q"),
@@ -169,12 +171,15 @@ class GriffinDraftModel(nn.Module):
         loaded: set[str] = set()
         for key, weight in weights:
             module, _, leaf = key.rpartition(".")
-            stacked, shard = STACKED.get(module, (module, None))
-            param = params.get(f"{stacked}.{leaf}")
-            if param is None:
-                raise CheckpointError(f"{self.config.source}: unexpected key `{key}`")
-            loader = getattr(param, "weight_loader", default_weight_loader)
-            loader(param, weight, *(() if shard is None else (shard,)))
+            stacked, *shard = STACKED.get(module, (module,))
+            halves = PAIRS.get(module, (stacked,))
+            parts = weight.chunk(len(halves), dim=-1) if leaf == "weight" else (weight,)
+            for name, part in zip(halves, parts, strict=False):
+                param = params.get(f"{name}.{leaf}")
+                if param is None:
+                    raise CheckpointError(f"{self.config.source}: unexpected key `{key}`")
+                loader = getattr(param, "weight_loader", default_weight_loader)
+                loader(param, part, *shard)
             loaded.add(key)
         missing = expected_shapes(self.config, self.layout).keys() - loaded
         if missing:
@@ -184,9 +189,9 @@ class GriffinDraftModel(nn.Module):
     def use_int8(self) -> None:
         """Have linear layers multiplied in 8 bits (`vllm_griffin.model.int8`); before weights are loaded."""
         self.int8 = True
-        takes_features = self.fc.fc if isinstance(self.fc, TokenGuidedFusion) else self.fc
+        pair = self.fc.fc if isinstance(self.fc, TokenGuidedFusion) else self.fc
         for module in self.modules():
-            if isinstance(module, LinearBase) and module is not takes_features:
+            if isinstance(module, LinearBase) and module is not pair.feature:
                 module.quant_method = Int8LinearMethod()
 
     def share_with_target(self, target_model: nn.Module) -> None:

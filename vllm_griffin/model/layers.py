@@ -27,7 +27,9 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.platforms import current_platform
 
+from vllm_griffin.kernels.backend import runs_own_form
 from vllm_griffin.kernels.token_fusion import fusion_norms
+from vllm_griffin.kernels.token_fusion_cpu import fusion_norms_cpu
 from vllm_griffin.kernels.tree_attention import tree_attention
 from vllm_griffin.model.config import DraftConfig
 from vllm_griffin.model.layout import DraftLayout
@@ -59,16 +61,28 @@ def add_and_norm(norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Te
     return normed, total
 
 
-class PlainFusion(ReplicatedLinear):
-    """EAGLE's fusion: one linear over (embedding, feature), embedding first."""
+class PairLinear(nn.Module):
+    """A linear over (embedding, feature), embedding first, as the sum of two: nothing is concatenated.
+
+    A checkpoint's weight [h, 2h] holds both, side by side.
+    """
 
     def __init__(self, config: DraftConfig, bias: bool, prefix: str) -> None:
+        super().__init__()
         h = config.hidden_size
-        super().__init__(2 * h, h, bias=bias, prefix=prefix, return_bias=False)
+        self.token = ReplicatedLinear(h, h, bias=bias, prefix=f"{prefix}.token", return_bias=False)
+        self.feature = ReplicatedLinear(
+            h, h, bias=False, prefix=f"{prefix}.feature", return_bias=False
+        )
+
+
+class PlainFusion(PairLinear):
+    """EAGLE's fusion: one linear over (embedding, feature)."""
 
     def fuse(self, embeds: Tensor, features: Tensor) -> Tensor:
         """Embeddings and features [T, h] -> input of the decoder layer [T, h]."""
-        return self(torch.cat([embeds, features], dim=-1))
+        fused: Tensor = self.token(embeds).add_(self.feature(features))
+        return fused
 
 
 class FusionMLP(nn.Module):
@@ -96,21 +110,23 @@ class TokenGuidedFusion(nn.Module):
         super().__init__()
         h = config.hidden_size
         self.eps = config.rms_norm_eps
-        self.fc = ReplicatedLinear(2 * h, h, bias=True, prefix=f"{prefix}.fc", return_bias=False)
+        self.fc = PairLinear(config, bias=True, prefix=f"{prefix}.fc")
         self.post_attention_layernorm = RMSNorm(h, eps=config.rms_norm_eps)
         self.mlp = FusionMLP(config, f"{prefix}.mlp")
+        own = runs_own_form(torch.device(current_platform.device_type))
+        self.norms = fusion_norms_cpu if own else fusion_norms
 
     def fuse(self, embeds: Tensor, features: Tensor) -> Tensor:
         """Embeddings and features [T, h] -> input of the decoder layer [T, h]."""
-        a = self.fc(torch.cat([embeds, features], dim=-1))
-        pair = fusion_norms(
-            a,
+        fused, pair = self.norms(
+            self.fc.token(embeds),
+            self.fc.feature(features),
             embeds,
             self.post_attention_layernorm.weight,
             self.mlp.input_layernorm.weight,
             self.eps,
         )
-        return a + self.mlp.down_proj(F.silu(self.mlp.up_proj(pair)))
+        return fused + self.mlp.down_proj(F.silu(self.mlp.up_proj(pair)))
 
 
 class DraftAttention(nn.Module):

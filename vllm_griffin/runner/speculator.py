@@ -28,6 +28,7 @@ from vllm_griffin.compat.patch import replace_attribute
 from vllm_griffin.config import griffin_config
 from vllm_griffin.grammar import attach_trees
 from vllm_griffin.kernels.kv_compaction import PagedCaches, compact_kv
+from vllm_griffin.kernels.top_tokens import top_tokens
 from vllm_griffin.kernels.tree_attention import TreeContext
 from vllm_griffin.kernels.tree_order import OrderedTree
 from vllm_griffin.kernels.verify import Walk
@@ -43,7 +44,7 @@ from vllm_griffin.runner.model_state import (
     root_rows,
 )
 from vllm_griffin.runner.sampler import max_chunk_rows
-from vllm_griffin.tree import DraftTrees, Frontier, TreeGrower, top_children
+from vllm_griffin.tree import DraftTrees, Frontier, TreeGrower
 
 
 class TreeSpeculator(DraftModelSpeculator):
@@ -422,13 +423,13 @@ class TreeSpeculator(DraftModelSpeculator):
     def _children(self, predict: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[rows, h] -> the k best tokens of each row and their log-probabilities, [rows, k].
 
-        So many rows at a time that logits, of which there are copies, stay small beside the KV cache.
+        So many rows at a time that logits, of which there may be copies, stay small beside the KV cache.
         """
         parts = []
         for part in predict.split(max_chunk_rows(self.vocab_size)):
             logits = self.model.compute_logits(part)
             assert logits is not None, "every rank gathers the logits"
-            parts.append(top_children(logits, k))
+            parts.append(top_tokens(logits, k))
         logprobs, rows = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         return logprobs, self.model.target_tokens(rows)
 

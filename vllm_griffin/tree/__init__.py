@@ -3,8 +3,8 @@
 Knows tokens, parents and scores; nothing of GRIFFIN and nothing of vLLM.
 """
 
-from vllm_griffin.tree.grow import Frontier, TreeGrower, top_children
+from vllm_griffin.tree.grow import Frontier, TreeGrower
 from vllm_griffin.tree.share import share_nodes
 from vllm_griffin.tree.slots import DraftTrees
 
-__all__ = ["DraftTrees", "Frontier", "TreeGrower", "share_nodes", "top_children"]
+__all__ = ["DraftTrees", "Frontier", "TreeGrower", "share_nodes"]

@@ -4,7 +4,7 @@ Level 1 holds the root's K best tokens. Each further level expands a frontier of
 the level before by K children each. The pool of all K + (D - 1) * K * K candidates is ranked by
 cumulative log-probability, and the N best are verified.
 
-Shapes: B requests, K top_k, D levels, N nodes, V vocabulary, W words of scratch bits.
+Shapes: B requests, K top_k, D levels, N nodes, W words of scratch bits.
 """
 
 from dataclasses import dataclass
@@ -104,13 +104,3 @@ class TreeGrower:
             self._level,
             spine_first,
         )
-
-
-def top_children(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``top_k`` best tokens of each row and their log-probabilities.
-
-    ``logits`` [rows, V] of any float type; returns ([rows, K] float32, [rows, K] int64).
-    """
-    logits = logits.float()
-    best = logits.topk(top_k, dim=-1)
-    return best.values - logits.logsumexp(dim=-1, keepdim=True), best.indices
