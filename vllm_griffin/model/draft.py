@@ -191,7 +191,7 @@ class GriffinDraftModel(nn.Module):
         self.int8 = True
         pair = self.fc.fc if isinstance(self.fc, TokenGuidedFusion) else self.fc
         for module in self.modules():
-            if isinstance(module, LinearBase) and module is not pair.feature:
+            if isinstance(module, LinearBase) and module not in (pair.token, pair.feature):
                 module.quant_method = Int8LinearMethod()
 
     def share_with_target(self, target_model: nn.Module) -> None:

@@ -43,6 +43,7 @@ class GriffinModelState(DefaultModelState):
         spec = griffin_config(vllm_config)
         assert spec is not None
         self._sizes = spec.tree_sizes
+        self._chains = all(shape.width == 1 for shape in spec.trees)
         slots = vllm_config.scheduler_config.max_num_seqs
         self.rows = TreeRows.empty(slots, trees.bits)
 
@@ -80,8 +81,10 @@ class GriffinModelState(DefaultModelState):
         else:
             full = cudagraph_mode == CUDAGraphMode.FULL
             rows, alone = self._tree_rows(input_batch, full)
-            plain = input_batch.num_scheduled_tokens.max() == 1
-            assert alone or plain or not full, "a full graph attends trees or plain decodes only"
+            uniform = len(set(input_batch.num_scheduled_tokens.tolist())) == 1
+            assert alone or (rows is None and uniform) or not full, (
+                "full graphs are of uniform rows"
+            )
         attach_tree(attn_metadata, rows, alone)
         return attn_metadata
 
@@ -102,12 +105,12 @@ class GriffinModelState(DefaultModelState):
         return inputs
 
     def _tree_rows(self, batch: InputBatch, full_graph: bool) -> tuple[TreeRows | None, bool]:
-        """The batch's trees, if it has any, and whether it has no other rows.
+        """The batch's trees, if any is more than a chain, and whether the batch has no other rows.
 
         A full graph has requests more than the batch, which get no rows.
         """
         drafts = batch.num_draft_tokens_per_req
-        if drafts is None or batch.num_draft_tokens == 0:
+        if drafts is None or self._causal(int(drafts.max())):
             return None, False
         alone = bool(((drafts > 0) & (batch.num_scheduled_tokens == 1 + drafts)).all())
         num_reqs = batch.num_reqs
@@ -129,15 +132,22 @@ class GriffinModelState(DefaultModelState):
         size = next(n for n in self._sizes if n >= drafts.max())
         return self.rows.of(padded, 1 + size), alone
 
+    def _causal(self, most_nodes: int) -> bool:
+        """Whether causal attention is right for trees of up to so many nodes: chains see all before them.
+
+        A captured graph and its replays have the same number, and so decide alike.
+        """
+        return most_nodes <= 1 or self._chains
+
     def _rows_to_capture(self, batch: InputBatch) -> TreeRows | None:
-        """Rows for the capture of a full graph of a uniform batch; None if it is one of plain decodes.
+        """Rows for the capture of a full graph of a uniform batch; None if its rows are causal.
 
         A replay has the same number of rows a request, and all of them of trees: vLLM runs batches
         with a prefill otherwise.
         """
         num_rows = int(batch.num_scheduled_tokens[0])
         assert (batch.num_scheduled_tokens == num_rows).all(), "full graphs are of uniform batches"
-        if num_rows == 1:
+        if self._causal(num_rows - 1):
             return None
         rows = self.rows.of(batch.num_reqs, num_rows)
         rows.q_start.copy_(batch.query_start_loc[: batch.num_reqs])

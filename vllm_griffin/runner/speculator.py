@@ -399,7 +399,7 @@ class TreeSpeculator(DraftModelSpeculator):
         grower = self.growers[size]
         batch, k = len(start.prefix_lens), grower.top_k
         frontier = grower.begin(*self._children(start.predict, k))
-        features = start.regress.unsqueeze(1).expand(-1, k, -1)
+        features = start.regress.repeat_interleave(k, dim=0, output_size=batch * k)
         scratch = self._scratch(batch, grower)
         # The last level is not expanded.
         expanded = grower.levels - 1
@@ -408,7 +408,7 @@ class TreeSpeculator(DraftModelSpeculator):
             predict, regress = self.model(
                 frontier.tokens.flatten(),
                 positions[i],
-                features.reshape(batch * k, -1),
+                features,
                 self._level(start, frontier, grower, scratch, i),
             )
             logprobs, tokens = self._children(predict, k)
@@ -418,6 +418,7 @@ class TreeSpeculator(DraftModelSpeculator):
             features = regress.view(batch, k, -1).gather(
                 1, frontier.parents.long().unsqueeze(-1).expand(-1, -1, regress.shape[-1])
             )
+            features = features.flatten(0, 1)
         return grower.finish(size, start.spine_first)
 
     def _children(self, predict: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
