@@ -3,11 +3,11 @@
     python benchmarks/counts.py --output docs/results/counts.json
 
 With Triton kernels, on the code that a GPU runs, and beside it with their references in torch, which is what
-a CPU runs and what a GPU would without kernels; and a step of vLLM without speculation. All on a CPU with
-Triton's interpreter (VLLM_GRIFFIN_CPU=1 and VLLM_GRIFFIN_KERNELS are set here): a torch op that computes or
-copies is one launch, a Triton kernel is one. Bytes are those of the tensors that go in and come out, the KV
-cache apart. Waits are those that this package's own code asks for, not vLLM's, nor those of the stand-ins for
-its kernels on a CPU. Counts, not times, and without CUDA graphs, which make one launch of those they hold.
+a GPU would run without kernels, and a CPU but for the forms of its own; and a step of vLLM without
+speculation. All on a CPU with Triton's interpreter (VLLM_GRIFFIN_CPU=1 and VLLM_GRIFFIN_KERNELS are set
+here): a torch op that computes or copies is one launch, a Triton kernel is one. Bytes are those of the
+tensors that go in and come out, the KV cache apart. Waits are those that this package's own code asks for,
+not vLLM's, nor those of the stand-ins for its kernels on a CPU. Counts, not times, and without CUDA graphs, which make one launch of those they hold.
 """
 
 import json

@@ -141,7 +141,8 @@ def cases_of_any_context(shape: Shape) -> Iterator[Case]:
     yield compaction_case(shape)
     rows = shape.batch * shape.top_k
     wide = torch.randn(3, rows, shape.hidden, device=DEVICE).to(shape.dtype)
-    arguments = (*wide, wide[0, 0], wide[1, 0], 1e-5)
+    weights = torch.ones(2, shape.hidden, device=DEVICE).to(shape.dtype)
+    arguments = (*wide, *weights, 1e-5)
     norms = case("fusion norms", token_fusion, "fusion_norms", arguments)
     if backend.runs_own_form(DEVICE):
         own = functools.partial(fusion_norms_cpu, *arguments)

@@ -122,7 +122,8 @@ def _join_parts_kernel(
     highest = tl.load(highest_ptr + here, mask=part < num_parts, other=float("-inf"))
     sums = tl.load(sum_ptr + here, mask=part < num_parts, other=0.0)
     top = _finite(tl.max(highest, axis=0))
-    total = top + tl.log(tl.sum(sums * tl.exp(_finite(highest) - top), axis=0))
+    # A part of -inf alone, or none, has a sum of 0, and its factor must not be infinite.
+    total = top + tl.log(tl.sum(sums * tl.exp(tl.minimum(_finite(highest) - top, 0.0)), axis=0))
 
     place = tl.arange(0, KEYS)
     keys = tl.load(keys_ptr + row * num_parts * k + place, mask=place < num_parts * k, other=LOWEST)
@@ -150,9 +151,10 @@ def top_tokens_triton(
     _top_of_part_kernel[(rows, parts)](
         logits, keys, highest, sums, logits.stride(0), vocabulary, k, PART=PART
     )
+    block = triton.next_power_of_2(parts * k)
     _join_parts_kernel[(rows,)](
         keys, highest, sums, logprobs, tokens, parts, k,
-        KEYS=triton.next_power_of_2(parts * k), PARTS=triton.next_power_of_2(parts),
+        KEYS=block, PARTS=triton.next_power_of_2(parts), num_warps=min(max(block // 512, 4), 16),
     )  # fmt: skip
     return logprobs, tokens
 

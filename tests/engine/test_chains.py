@@ -1,7 +1,9 @@
 """Chains, and trees cut to one node, are verified by the engine's own causal attention."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
@@ -9,6 +11,7 @@ from vllm import SamplingParams
 from tests.engine.harness import Outcome, Request, engine, random_prompt, run
 from tests.engine.oracle import oracle_trees
 from tests.engine.ties import assert_lossless, recorded_gaps
+from vllm_griffin.attention.metadata import TreeRows
 from vllm_griffin.runner.model_state import GriffinModelState
 
 VOCABULARY = 512
@@ -69,3 +72,33 @@ def test_lossless(
     assert {masked for nodes, masked in verified if nodes > 1} <= {not causal}
     assert not any(masked for nodes, masked in verified if nodes == 1)
     assert max(nodes for nodes, _ in verified) == spec["num_speculative_tokens"]
+
+
+@pytest.mark.parametrize("chains", [True, False])
+@pytest.mark.parametrize("nodes", [0, 1, 4])
+def test_a_full_graph_and_its_replays_have_the_same_rows(chains: bool, nodes: int) -> None:
+    """A CPU captures no causal rows, as it plans their attention on the host: here by the two decisions."""
+    state = GriffinModelState.__new__(GriffinModelState)
+    bits = torch.ones(2, 5, 1, dtype=torch.int64)
+    state.rows = TreeRows.empty(2, bits)
+    state.trees = SimpleNamespace(bits=bits)
+    state._sizes, state._chains = [1, 4], chains
+    rows = 1 + nodes
+    batch: Any = SimpleNamespace(
+        num_reqs=2,
+        num_reqs_after_padding=2,
+        num_scheduled_tokens=np.full(2, rows),
+        num_draft_tokens=2 * nodes,
+        num_draft_tokens_per_req=np.full(2, nodes),
+        idx_mapping=torch.arange(2),
+        query_start_loc=torch.arange(3) * rows,
+        cu_num_logits=torch.arange(3) * rows,
+        seq_lens=torch.full((2,), 9 + rows),
+    )
+    captured = state._rows_to_capture(batch)
+    replayed, alone = state._tree_rows(batch, True)
+    assert (captured is None) == (replayed is None) == (chains or nodes < 2)
+    assert alone == (replayed is not None)
+    if captured is not None and replayed is not None:
+        assert captured.bits.data_ptr() == replayed.bits.data_ptr()
+        assert captured.bits.shape == replayed.bits.shape == (2, rows, 1)

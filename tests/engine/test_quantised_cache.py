@@ -17,7 +17,7 @@ K_SCALE, V_SCALE = 0.25, 0.04
 VOCABULARY = 512
 SPEC = {"num_speculative_tokens": 12, "tree_depth": 4, "tree_top_k": 4}
 QUANTISED = {"kv_cache_dtype": "fp8", "max_num_batched_tokens": 64}
-TOKENS = {"auto": 24, "triton": 6}
+TOKENS = {"auto": 24, "torch": 6, "triton": 6}
 
 
 def scaled(llm: LLM) -> LLM:

@@ -114,7 +114,8 @@ def main(capability: int) -> None:
         tree_attention(4, torch.bfloat16, 128, False, torch.float8_e4m3fn)
         tree_attention(1, torch.float16, 64, True, torch.float8_e4m3fn, True)
         tree_tail(torch.bfloat16, 64, True, torch.float8_e4m3fn, True)
-    top_tokens_triton(zeros(10, 128256, dtype=torch.bfloat16), 10)
+    for vocabulary, k in ((128256, 10), (256000, 64), (1000, 1)):
+        top_tokens_triton(zeros(2, vocabulary, dtype=torch.bfloat16), k)
     level = zeros(2, 10, 10, dtype=torch.float32), zeros(2, 10, 10, dtype=LONG)
     advance_frontier_triton(*level, level[0][:, 0], level[1][:, :, :1], 10, 10)
     pool = zeros(2, 510, dtype=LONG), zeros(2, 510, dtype=torch.float32), zeros(2, 510)

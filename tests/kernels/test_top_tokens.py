@@ -43,6 +43,14 @@ def test_triton_is_the_reference(vocabulary, k):
     same(rows_of(3, vocabulary, torch.float32, seed=vocabulary + k), k)
 
 
+@pytest.mark.parametrize("shift", [-300.0, 300.0])
+def test_probabilities_do_not_depend_on_where_logits_lie(shift):
+    """Also beside parts that hold nothing: one of four, and one of -inf alone."""
+    logits = rows_of(2, 2 * PART + 77, torch.float32) + shift
+    logits[1, :PART] = -INF
+    same(logits, 4)
+
+
 def test_the_vocabulary_of_llama_3():
     same(rows_of(2, 128256, torch.float32), 10)
 

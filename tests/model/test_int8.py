@@ -77,7 +77,7 @@ def test_the_network_is_the_same_but_for_rounding(load, tmp_path, own_head):
         for m in quantised.modules()
         if isinstance(getattr(m, "quant_method", None), Int8LinearMethod)
     ]
-    # The embedding's, up, down; QKV, output; gate and up, down; and the head, if it is the draft's own.
-    assert len(linear) == 7 + own_head
-    assert quantised.fc.fc.feature not in linear
+    # up, down; QKV, output; gate and up, down; and the head, if it is the draft's own.
+    assert len(linear) == 6 + own_head
+    assert quantised.fc.fc.token not in linear and quantised.fc.fc.feature not in linear
     assert (quantised.lm_head is draft.lm_head) == (not own_head)

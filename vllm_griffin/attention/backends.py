@@ -28,7 +28,7 @@ from vllm_griffin.attention.prefix import (
     faster_forms,
     flash_attention,
 )
-from vllm_griffin.config import QUANTISED_CACHES
+from vllm_griffin.config import QUANTISED_CACHES, griffin_config
 from vllm_griffin.config_errors import first_line
 from vllm_griffin.kernels.tree_attention import QuantScales, TreeContext, tree_attention
 
@@ -256,9 +256,12 @@ def _flash_backend() -> type[AttentionBackend]:
         ) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
             layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
+            spec = griffin_config(vllm_config)
+            chains = spec is not None and spec.tree_width == 1
             for layer in layers:
-                # A draft's tree levels have their tail elsewhere: they always take our kernel.
-                if layer.is_draft_layer:
+                # A draft's tree levels have their tail elsewhere: they always take our kernel. Chains are
+                # verified by FlashAttention's own causal attention.
+                if layer.is_draft_layer or chains:
                     continue
                 impl: Any = layer.impl
                 impl.prefix_first = choose_form(
@@ -357,8 +360,8 @@ def _with_tree(
     class TreeMetadataBuilder(builder):  # type: ignore[misc]
         @classmethod
         def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
-            # A full graph of more than one row a request holds tree attention alone, for batches in
-            # which every request has a tree of one size; what else there is does not run in one.
+            # A full graph of more than one row a request holds tree attention alone (or causal attention,
+            # of chains), for batches in which every request has a tree of one size.
             support = super().get_cudagraph_support(*args, **kwargs)
             return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda s: s.value)
 

@@ -1,9 +1,9 @@
 """A draft's linear layers in 8 bits, for CPUs, where reading weights is much of a draft step.
 
 Weights are rounded once, with a scale for each output; activations in each call, with one for each row.
-The target verifies with its own weights, so this changes no output, only what is accepted. The layer that
-takes features stays as it is: a few of their numbers are so large that a common scale leaves little of the
-others.
+The target verifies with its own weights, so this changes no output, only what is accepted. The layer over
+(embedding, feature) stays as it is: a few numbers of a feature are so large that a common scale leaves little
+of the others, and the embedding's part by itself is little to read.
 """
 
 from typing import Any

@@ -64,7 +64,7 @@ def add_and_norm(norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Te
 class PairLinear(nn.Module):
     """A linear over (embedding, feature), embedding first, as the sum of two: nothing is concatenated.
 
-    A checkpoint's weight [h, 2h] holds both, side by side.
+    A checkpoint's weight [h, 2h] holds both, side by side. In 16 bits each product is rounded by itself.
     """
 
     def __init__(self, config: DraftConfig, bias: bool, prefix: str) -> None:

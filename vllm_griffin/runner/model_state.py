@@ -43,7 +43,7 @@ class GriffinModelState(DefaultModelState):
         spec = griffin_config(vllm_config)
         assert spec is not None
         self._sizes = spec.tree_sizes
-        self._chains = all(shape.width == 1 for shape in spec.trees)
+        self._chains = spec.tree_width == 1
         slots = vllm_config.scheduler_config.max_num_seqs
         self.rows = TreeRows.empty(slots, trees.bits)
 
@@ -81,10 +81,9 @@ class GriffinModelState(DefaultModelState):
         else:
             full = cudagraph_mode == CUDAGraphMode.FULL
             rows, alone = self._tree_rows(input_batch, full)
-            uniform = len(set(input_batch.num_scheduled_tokens.tolist())) == 1
-            assert alone or (rows is None and uniform) or not full, (
-                "full graphs are of uniform rows"
-            )
+            # What a full graph of so many rows a request was captured with.
+            causal = self._causal(int(input_batch.num_scheduled_tokens[0]) - 1)
+            assert not full or alone or (rows is None and causal), "not what the graph holds"
         attach_tree(attn_metadata, rows, alone)
         return attn_metadata
 
