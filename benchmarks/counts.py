@@ -7,7 +7,8 @@ a GPU would run without kernels, and a CPU but for the forms of its own; and a s
 speculation. All on a CPU with Triton's interpreter (VLLM_GRIFFIN_CPU=1 and VLLM_GRIFFIN_KERNELS are set
 here): a torch op that computes or copies is one launch, a Triton kernel is one. Bytes are those of the
 tensors that go in and come out, the KV cache apart. Waits are those that this package's own code asks for,
-not vLLM's, nor those of the stand-ins for its kernels on a CPU. Counts, not times, and without CUDA graphs, which make one launch of those they hold.
+not vLLM's, nor those of the stand-ins for its kernels on a CPU. Counts, not times, and without CUDA graphs,
+which make one launch of those they hold.
 """
 
 import json

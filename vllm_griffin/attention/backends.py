@@ -131,11 +131,11 @@ class TreeAttentionMixin:
         Shapes: ``query``, ``output`` [num_tokens, num_heads, head_dim]; ``key``, ``value``
         [num_tokens, num_kv_heads, head_dim].
         """
-        if not only_tree(attn_metadata):
+        tree = attached_tree(attn_metadata)
+        if tree is None or not only_tree(attn_metadata):
             output = super().forward(  # type: ignore[misc]
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
             )
-        tree = attached_tree(attn_metadata)
         if tree is not None:
             shape = (-1, self.num_heads, self.head_size)
             kv_shape = (-1, self.num_kv_heads, self.head_size)
