@@ -31,6 +31,9 @@ logger = init_logger("vllm.griffin.cost")
 
 # Drafting must promise this much to be tried on real requests: acceptance on the prompts to come is a guess.
 WORTH = 1.1
+# A larger tree must promise this much more than a smaller one: times at start-up scatter by some per cent, and
+# contexts to come are longer than those timed, which larger trees feel more.
+LARGER = 1.05
 # A tree that promises less than this is timed once; the others in so many rounds.
 HOPELESS, ROUNDS = 0.9, 3
 PROMPT_TOKENS = 16
@@ -93,7 +96,7 @@ def choose(timer: "StepTimer", lengths: Mapping[int, float], most: int) -> list[
             ratio = _ratio(timer, batch, nodes, length, plain)
             most_ratio = min(most_ratio, ratio)
             speedup = length * ratio
-            if speedup >= max(WORTH, best.speedup):
+            if speedup >= max(WORTH, LARGER * best.speedup):
                 best = Choice(batch, nodes, speedup)
         choices.append(best)
         if best.nodes == 0:

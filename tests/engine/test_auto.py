@@ -52,6 +52,12 @@ def test_the_tree_that_pays_most() -> None:
     assert text.endswith(", more: no drafting")
 
 
+@pytest.mark.parametrize(("length", "nodes"), [(1.66, 3), (1.70, 15)])
+def test_a_larger_tree_must_promise_more_than_times_scatter(length: float, nodes: int) -> None:
+    (choice,) = choose(Steps(row=0.0), {3: 1.6, 15: length}, 1)
+    assert choice.nodes == nodes
+
+
 def test_where_no_tree_pays_there_is_none() -> None:
     steps = Steps(row=1.5)
     choices = choose(steps, LENGTHS, 7)
