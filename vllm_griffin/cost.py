@@ -31,8 +31,8 @@ logger = init_logger("vllm.griffin.cost")
 
 # Drafting must promise this much to be tried on real requests: acceptance on the prompts to come is a guess.
 WORTH = 1.1
-# A larger tree must promise this much more than a smaller one: times at start-up scatter by some per cent, and
-# contexts to come are longer than those timed, which larger trees feel more.
+# A larger tree must promise so much more than a smaller one: times at start-up scatter by some per cent,
+# and contexts to come are longer than those timed, which larger trees feel more.
 LARGER = 1.05
 # A tree that promises less than this is timed once; the others in so many rounds.
 HOPELESS, ROUNDS = 0.9, 3
