@@ -11,14 +11,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = math.inf
 
 
-def rows_of(num_rows: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Logits of which no two of a row are equal in `dtype`, so that their order is one."""
+def rows_of(num_rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
+    """Logits of which no two of a row are equal, so that their order is one."""
     generator = torch.Generator().manual_seed(seed)
     every = torch.arange(vocabulary) / 256 - 20
-    assert len(every.to(dtype).unique()) == vocabulary
+    assert len(every.unique()) == vocabulary
     order = [torch.randperm(vocabulary, generator=generator) for _ in range(num_rows)]
     rows = [every[i] for i in order] or [every.new_empty(0, vocabulary)]
-    return torch.vstack(rows).to(DEVICE, dtype)
+    return torch.vstack(rows).to(DEVICE)
 
 
 def same(logits: torch.Tensor, k: int) -> None:
@@ -40,19 +40,19 @@ def test_is_the_formula(make):
 @pytest.mark.parametrize("k", [1, 3, 10, 32])
 @pytest.mark.parametrize("vocabulary", [32, 500, PART, PART + 1, 3 * PART + 77])
 def test_triton_is_the_reference(vocabulary, k):
-    same(rows_of(3, vocabulary, torch.float32, seed=vocabulary + k), k)
+    same(rows_of(3, vocabulary, seed=vocabulary + k), k)
 
 
 @pytest.mark.parametrize("shift", [-300.0, 300.0])
 def test_probabilities_do_not_depend_on_where_logits_lie(shift):
     """Also beside parts that hold nothing: one of four, and one of -inf alone."""
-    logits = rows_of(2, 2 * PART + 77, torch.float32) + shift
+    logits = rows_of(2, 2 * PART + 77) + shift
     logits[1, :PART] = -INF
     same(logits, 4)
 
 
 def test_the_vocabulary_of_llama_3():
-    same(rows_of(2, 128256, torch.float32), 10)
+    same(rows_of(2, 128256), 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -66,11 +66,11 @@ def test_in_16_bits_sums_are_float32(dtype):
 
 
 def test_rows_may_be_parts_of_wider_ones():
-    same(rows_of(4, 700, torch.float32)[:, :600], 5)
+    same(rows_of(4, 700)[:, :600], 5)
 
 
 def test_no_rows():
-    logprobs, tokens = top_tokens_triton(rows_of(0, 40, torch.float32), 4)
+    logprobs, tokens = top_tokens_triton(rows_of(0, 40), 4)
     assert logprobs.shape == tokens.shape == (0, 4)
 
 
@@ -91,7 +91,7 @@ def test_zeros_of_both_signs_and_large_numbers_are_in_order():
 )
 def test_infinities(extremes):
     """Masked tokens, a masked part, and what a broken model gives."""
-    logits = rows_of(1, PART + 20, torch.float32)
+    logits = rows_of(1, PART + 20)
     logits[0, 20:PART] = -INF
     for token, value in extremes.items():
         logits[0, token] = value

@@ -81,9 +81,10 @@ class GriffinModelState(DefaultModelState):
         else:
             full = cudagraph_mode == CUDAGraphMode.FULL
             rows, alone = self._tree_rows(input_batch, full)
-            # What a full graph of so many rows a request was captured with.
-            causal = self._causal(int(input_batch.num_scheduled_tokens[0]) - 1)
-            assert not full or alone or (rows is None and causal), "not what the graph holds"
+            if full and not alone:
+                # What a graph of so many rows a request was captured with.
+                causal = self._causal(int(input_batch.num_scheduled_tokens[0]) - 1)
+                assert causal and rows is None, "not what the graph holds"
         attach_tree(attn_metadata, rows, alone)
         return attn_metadata
 
